@@ -1,0 +1,1 @@
+"""The command line. ``main`` is the group; each command is a module."""

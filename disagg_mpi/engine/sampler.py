@@ -1,0 +1,112 @@
+"""From logits to tokens, the same at every layout.
+
+Randomness is a pure function of (seed, continuation, position): Philox, a counter-based generator
+(Salmon et al., SC'11), gives the one uniform number that a token is drawn with. No generator state
+exists, so none has to be handed over, and batches, layouts and restarts do not change a request's text.
+
+Order, as in the field: repetition penalty, presence and frequency penalty, minimum length, temperature,
+top-k, top-p. Log-probabilities are those of the raw logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import msgspec
+import numpy as np
+import torch
+
+from disagg_mpi.engine.sequence import Sequence
+from disagg_mpi.request import TokenLogprobs
+
+
+class Sampled(msgspec.Struct, frozen=True):
+    """One new token of one sequence."""
+
+    token: int
+    logprobs: TokenLogprobs | None = None
+    logits: bytes | None = None
+
+
+def uniform(seed: int, sequence_index: int, position: int) -> float:
+    """The number in [0, 1) that the token at ``position`` of this continuation is drawn with."""
+    bits = np.random.Philox(key=(sequence_index << 64) | seed, counter=position)
+    return float(np.random.Generator(bits).random())
+
+
+class Sampler:
+    """Holds what all requests share: the end-of-sequence tokens."""
+
+    def __init__(self, eos_token_ids: Seq[int]) -> None:
+        self._eos = list(eos_token_ids)
+
+    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+        """``logits``: ``[len(sequences), vocabulary]``, fp32, raw."""
+        greedy = logits.argmax(dim=-1).tolist()
+        return [self._one(row, sequence, token) if _is_special(sequence) else Sampled(token)
+                for row, sequence, token in zip(logits, sequences, greedy, strict=True)]
+
+    def _one(self, raw: torch.Tensor, sequence: Sequence, greedy: int) -> Sampled:
+        params = sequence.sampling
+        row = self._adjust(raw, sequence)
+        if params.temperature == 0.0:
+            token = greedy if row is raw else int(row.argmax())
+        else:
+            token = _draw(row, sequence)
+        logprobs = None
+        if params.logprobs is not None:
+            values = torch.log_softmax(raw, dim=-1)
+            top = values.topk(params.logprobs)
+            logprobs = TokenLogprobs(
+                float(values[token]),
+                list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+        kept = raw.numpy().tobytes() if params.return_generation_logits else None
+        return Sampled(token, logprobs, kept)
+
+    def _adjust(self, raw: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        params = sequence.sampling
+        row = raw
+        if params.has_penalties:
+            row = raw.clone()
+            if params.repetition_penalty != 1.0:
+                seen = torch.tensor(sorted(set(sequence.token_ids)))
+                values = row[seen]
+                penalty = params.repetition_penalty
+                row[seen] = torch.where(values > 0, values / penalty, values * penalty)
+            output = sequence.output_token_ids
+            if output:
+                used, counts = torch.tensor(output).unique(return_counts=True)
+                row[used] -= params.presence_penalty + params.frequency_penalty * counts
+        if sequence.num_output_tokens < params.min_tokens:
+            row = row.clone() if row is raw else row
+            row[[*self._eos, *params.stop_token_ids]] = -torch.inf
+        return row
+
+
+def _is_special(sequence: Sequence) -> bool:
+    """Whether a plain argmax is not all that this sequence asks for."""
+    params = sequence.sampling
+    return (params.temperature != 0.0 or params.has_penalties or params.logprobs is not None
+            or params.return_generation_logits
+            or sequence.num_output_tokens < params.min_tokens)
+
+
+def _draw(row: torch.Tensor, sequence: Sequence) -> int:
+    """Inverse of the cumulated distribution in float64, so that rounding hardly ever decides."""
+    params = sequence.sampling
+    scaled = row.double() / params.temperature
+    if 0 < params.top_k < len(scaled):
+        scaled[scaled < scaled.topk(params.top_k).values[-1]] = -torch.inf
+    probabilities = torch.softmax(scaled, dim=-1)
+    if params.top_p < 1.0:
+        ordered, indices = probabilities.sort(descending=True, stable=True)
+        # Keep a token if those before it do not yet reach top_p: always at least the first.
+        beyond = ordered.cumsum(0) - ordered >= params.top_p
+        probabilities[indices[beyond]] = 0.0
+    cumulated = probabilities.cumsum(0)
+    assert params.seed is not None  # checked at enqueue
+    point = uniform(params.seed, sequence.request.sequence_index, len(sequence.token_ids))
+    target = torch.tensor([point], dtype=torch.float64) * cumulated[-1]
+    token = int(torch.searchsorted(cumulated, target, right=True))
+    # The very end of the distribution: the last token that has any probability.
+    return min(token, int(probabilities.nonzero()[-1]))

@@ -1,0 +1,149 @@
+"""The built-in executor: the engine behind the executor API."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections import deque
+from collections.abc import Callable
+
+import msgspec
+
+from disagg_mpi.comm.waiting import Waiter
+from disagg_mpi.engine.engine import Dropped, Engine, NewToken
+from disagg_mpi.engine.sequence import Sequence
+from disagg_mpi.executor.base import Executor, ExecutorLimits, IterationStats
+from disagg_mpi.executor.output import IncrementalDecoder, TextOutput
+from disagg_mpi.executor.validate import problem_with
+from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, FinishReason, Response
+
+_ERRORS: dict[str, str] = {
+    "cancelled": "cancelled before it was done",
+    "deadline": "the deadline passed before it was done",
+}
+
+
+class BuiltinExecutor(Executor):
+    """One instance of the built-in engine. Owns the engine and the text of what it generates."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        limits: ExecutorLimits,
+        waiter: Waiter,
+        make_decoder: Callable[[], IncrementalDecoder] | None = None,
+    ) -> None:
+        super().__init__(waiter)
+        self.limits = limits
+        self._engine = engine
+        self._make_decoder = make_decoder
+        self._texts: dict[int, TextOutput] = {}
+        self._stats: deque[IterationStats] = deque(maxlen=1000)
+        self._iteration = 0
+
+    def cancel_request(self, request_id: int, reason: FinishReason = "cancelled") -> None:
+        self._engine.cancel(request_id, reason, _ERRORS.get(reason, reason))
+
+    def drop_context(self, request_id: int) -> None:
+        self._engine.drop_offer(request_id)
+
+    def get_latest_iteration_stats(self) -> list[IterationStats]:
+        stats = list(self._stats)
+        self._stats.clear()
+        return stats
+
+    def check_integrity(self, idle: bool = False) -> list[str]:
+        problems = self._engine.check(idle)
+        if idle and self._texts:
+            problems.append(f"the text of {len(self._texts)} requests is still kept")
+        return problems
+
+    def shutdown(self, timeout: float = 30.0) -> None:
+        end = time.monotonic() + timeout
+        while self._engine.num_open and time.monotonic() < end:
+            if self.advance():
+                self._waiter.worked()
+            else:
+                self._waiter.idle(transferring=self.is_moving, at_most=0.001)
+
+    @property
+    def is_moving(self) -> bool:
+        return self._engine.is_moving
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self._engine.num_free_blocks
+
+    def advance(self) -> bool:
+        moved = self._engine.progress()
+        if not self._engine.has_work:
+            return moved
+        for token in self._engine.step():
+            self._respond(self._take_token(token))
+        for dropped in self._engine.take_dropped():
+            self._respond(self._take_dropped(dropped))
+        self._iteration += 1
+        stats = self._engine.stats
+        if stats.num_active:
+            self._stats.append(IterationStats(
+                self._iteration, stats.num_context_tokens, stats.num_generation_tokens,
+                stats.num_active, stats.num_waiting, stats.num_free_blocks,
+                self.limits.num_blocks, stats.seconds))
+        # Only pulls in flight and nothing to run: not work, the caller may sleep.
+        return moved or stats.num_active > 0
+
+    def _enqueue(self, request: ExecutorRequest) -> None:
+        problem = problem_with(request, self.limits)
+        if problem is None and request.request_id in self._engine:
+            problem = f"request id {request.request_id} is in use"
+        if problem is not None:
+            self._respond(Response(request_id=request.request_id, is_final=True,
+                                   finish_reason="error", error=problem))
+            return
+        if request.sampling.temperature and request.sampling.seed is None:
+            request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(
+                request.sampling, seed=random.getrandbits(62)))
+        text = TextOutput(self._make_decoder() if self._make_decoder else None,
+                          request.sampling.stop)
+        if request.context_phase_params is not None:
+            text.push(request.context_phase_params.first_gen_tokens)
+        self._texts[request.request_id] = text
+        self._engine.add(Sequence(request))
+
+    def _take_token(self, new: NewToken) -> Response:
+        sequence, reason = new.sequence, new.finish_reason
+        output = self._texts[sequence.id]
+        text, stopped = output.push([new.sampled.token])
+        if stopped:
+            reason = "stop"
+        elif reason is not None:
+            text += output.finish()
+        response = Response(
+            request_id=sequence.id,
+            token_ids=[new.sampled.token],
+            text=text,
+            logprobs=None if new.sampled.logprobs is None else [new.sampled.logprobs],
+            logits=None if new.sampled.logits is None else [new.sampled.logits],
+        )
+        if reason is not None:
+            response.finish_reason = reason
+            self._close(response, sequence)
+            self._engine.finish(sequence)
+        elif sequence.is_context_only:
+            self._close(response, sequence)
+            response.context_phase_params = ContextPhaseParams(
+                first_gen_tokens=(new.sampled.token,), req_id=sequence.id,
+                opaque_state=self._engine.offer(sequence))
+        return response
+
+    def _take_dropped(self, dropped: Dropped) -> Response:
+        response = Response(request_id=dropped.sequence.id, error=dropped.error,
+                            finish_reason=dropped.finish_reason,
+                            text=self._texts[dropped.sequence.id].finish())
+        self._close(response, dropped.sequence)
+        return response
+
+    def _close(self, response: Response, sequence: Sequence) -> None:
+        del self._texts[sequence.id]
+        response.is_final = True
+        response.timing = sequence.timing

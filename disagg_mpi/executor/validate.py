@@ -1,0 +1,41 @@
+"""Whether an instance can serve a request at all: asked once, before anything is reserved. Pure."""
+
+from __future__ import annotations
+
+from disagg_mpi.engine.sequence import positions_needed
+from disagg_mpi.executor.base import ExecutorLimits
+from disagg_mpi.request import ExecutorRequest, RequestType
+
+
+def blocks_needed(limits: ExecutorLimits, num_prompt_tokens: int, max_tokens: int) -> int:
+    """Blocks that a request holds in a generation instance."""
+    return -(-positions_needed(num_prompt_tokens, max_tokens) // limits.tokens_per_block)
+
+
+def problem_with(request: ExecutorRequest, limits: ExecutorLimits) -> str | None:
+    """Why ``request`` can never be served here, in words for its user; ``None`` if it can."""
+    prompt, params = request.prompt_token_ids, request.sampling
+    length = len(prompt)
+    if not prompt:
+        return "the prompt is empty; at least one token is needed"
+    bad = next((token for token in (*prompt, *params.stop_token_ids)
+                if not 0 <= token < limits.vocab_size), None)
+    if bad is not None:
+        return f"token id {bad} is outside the model's vocabulary of {limits.vocab_size}"
+    if length + params.max_tokens > limits.max_model_len:
+        room = limits.max_model_len - length
+        advice = (f"max_tokens can be {room} at most" if room > 0
+                  else "the prompt must be shortened")
+        return (f"{length} prompt tokens and max_tokens {params.max_tokens} exceed the model's "
+                f"context length of {limits.max_model_len}; {advice}")
+    needed = blocks_needed(limits, length, params.max_tokens)
+    if needed > limits.num_blocks:
+        return (f"{length} prompt tokens and max_tokens {params.max_tokens} need {needed} blocks of "
+                f"{limits.tokens_per_block} tokens, the pool of an instance has {limits.num_blocks}; "
+                f"lower max_tokens or give --kv-tokens {needed * limits.tokens_per_block} or more")
+    if params.temperature and params.seed is None and request.type is not (
+            RequestType.CONTEXT_AND_GENERATION):
+        return "a sampled request whose phases are split needs a seed, so that both draw alike"
+    if request.type is RequestType.GENERATION_ONLY and request.context_phase_params is None:
+        return "a GENERATION_ONLY request needs the context_phase_params of its context phase"
+    return None

@@ -1,0 +1,1 @@
+"""What turns a user's input into requests: the console and files of prompts."""

@@ -1,0 +1,224 @@
+"""``launch``: from N equal processes to one job, and back.
+
+    with launch(config) as orchestrator:     every rank runs this line
+        if orchestrator is not None: …       rank 0; the others serve inside the with statement
+
+It owns the start (MPI with the environment it needs, roles, model, pools, engines, connections), the
+hand-back of every resource at the end, and the end itself when a rank fails: an error before the job
+runs is raised on every rank and told once by rank 0; an exception while it runs names its rank and
+aborts all (see ``guards``).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from disagg_mpi.comm import environment
+from disagg_mpi.comm.agree import from_root, together
+from disagg_mpi.comm.messages import Ready
+from disagg_mpi.comm.waiting import Waiter
+from disagg_mpi.config import JobConfig
+from disagg_mpi.errors import DisaggError, JobFailed, LayoutError, MpiError
+from disagg_mpi.executor.base import Executor, ExecutorLimits
+from disagg_mpi.executor.service import LeaderService
+from disagg_mpi.job import guards
+from disagg_mpi.job.instance import (
+    RankPool,
+    check_host_memory,
+    describe_transports,
+    load_tokenizer,
+    make_executor,
+    make_pool,
+)
+from disagg_mpi.job.plan import plan_memory
+from disagg_mpi.job.world import World
+from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
+from disagg_mpi.orchestrator.orchestrator import Orchestrator
+from disagg_mpi.orchestrator.table import InstanceView
+from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology, build_topology
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+Progress = Callable[[str], None]
+
+
+def start_mpi() -> MPI.Intracomm:
+    """Start MPI as this job needs it and return its world. Raises :class:`MpiError` if there is none."""
+    guards.before_mpi()
+    environment.apply()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        environment.detect_mpi()  # says better what is missing
+        raise MpiError(f"mpi4py cannot load an MPI library: {error}; see "
+                       "python -m disagg_mpi doctor") from None
+    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
+        raise MpiError("this MPI was started without threads; MPI_THREAD_SERIALIZED is needed "
+                       "(mpi4py.rc.thread_level must not be changed)")
+    return MPI.COMM_WORLD
+
+
+@contextmanager
+def launch(
+    config: JobConfig | None = None, *, progress: Progress | None = None
+) -> Iterator[Orchestrator | None]:
+    """Run ``config``'s job: yields the orchestrator at rank 0, ``None`` elsewhere after the job's end.
+
+    ``progress`` is called at rank 0 with a line for each part of the start. Raises, on every rank alike,
+    :class:`LayoutError` (world size), :class:`ConfigError`, :class:`ModelError` or :class:`MpiError`.
+    """
+    with _job(config or JobConfig(), progress) as job:
+        if job.world.rank != ORCHESTRATOR_RANK:
+            job.serve()
+            yield None
+            return
+        orchestrator = job.orchestrate()
+        try:
+            yield orchestrator
+        finally:
+            orchestrator.close()
+
+
+@contextmanager
+def launch_executors(
+    config: JobConfig | None = None, *, progress: Progress | None = None
+) -> Iterator[Executor | None]:
+    """The same start, without an orchestrator: yields each instance's leader its own executor.
+
+    Rank 0 gets ``None`` and is the script's own to use. At the end each leader waits for what is still to
+    be pulled from it.
+    """
+    with _job(config or JobConfig(), progress) as job:
+        yield job.executor
+        if job.executor is not None:
+            job.executor.shutdown()
+
+
+class _Job:
+    """What this rank holds while the job runs."""
+
+    def __init__(self, config: JobConfig, world: World, spec: ModelSpec | None, path: Path | None,
+                 pool: RankPool | None, executor: Executor | None, load_seconds: float) -> None:
+        self.config = config
+        self.world = world
+        self.spec = spec
+        self.path = path
+        self.pool = pool
+        self.executor = executor
+        self.load_seconds = load_seconds
+
+    def serve(self) -> None:
+        """A leader's part until rank 0 says that it is over."""
+        group = self.world.topology.group_of(self.world.rank)
+        assert group is not None and self.executor is not None
+        service = LeaderService(group.instance_id, self.executor, self.world.control,
+                                Waiter(self.world.doorbell))
+        service.announce(self.load_seconds, describe_transports(self.world, self.config, group))
+        service.run()
+
+    def orchestrate(self) -> Orchestrator:
+        """Rank 0's part: wait until every leader is ready."""
+        tokenizer = load_tokenizer(self.path) if self.path is not None else None
+        instances = []
+        waiter = Waiter(self.world.doorbell)
+        end = time.monotonic() + self.config.start_timeout
+        while len(instances) < len(self.world.topology.groups):
+            for rank, message in self.world.control.poll():
+                assert isinstance(message, Ready)
+                group = self.world.topology.groups[message.instance_id]
+                instances.append(InstanceView(
+                    group.instance_id, group.role, group.name, rank,
+                    ExecutorLimits(message.num_blocks, message.tokens_per_block,
+                                   message.max_batch_size, message.max_num_tokens,
+                                   message.max_model_len, message.vocab_size)))
+            if time.monotonic() > end:
+                ready = {instance.id for instance in instances}
+                late = [g.name for g in self.world.topology.groups if g.instance_id not in ready]
+                raise JobFailed(f"not ready within {self.config.start_timeout:g} s: {', '.join(late)}")
+            waiter.idle()
+        instances.sort(key=lambda instance: instance.id)
+        return Orchestrator(instances, self.world.control, self.world.doorbell, tokenizer)
+
+    def close(self) -> None:
+        """Collective over the world."""
+        if self.pool is not None:
+            self.pool.close()
+        self.world.close()
+
+
+@contextmanager
+def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
+    topology = build_topology(config)
+    comm = start_mpi()
+    is_root = comm.rank == ORCHESTRATOR_RANK
+    guards.install(comm, lambda: topology.label(comm.rank), is_root)
+    try:
+        tell = progress if is_root and progress is not None else lambda _line: None
+        job = _start(config, topology, comm, tell)
+        try:
+            yield job
+        except DisaggError as error:
+            if not is_root:  # only rank 0 runs code that may ask for what cannot be
+                guards.fatal(topology.label(comm.rank), error)
+            job.close()
+            raise
+        except Exception as error:
+            if not is_root:
+                guards.fatal(topology.label(comm.rank), error)
+            job.close()
+            raise
+        job.close()
+    finally:
+        guards.leave()
+
+
+def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Progress) -> _Job:
+    start = time.monotonic()
+    topology.check_world(comm.size)
+    _check_shapes(topology)
+    world = World(comm, topology)
+    spec, path, pool = None, None, None
+    if config.engine != "null":
+        tell("model …")
+        path = _resolve(world, config)
+        spec = together(comm, lambda: read_model_spec(path))
+        plan = plan_memory(config, spec)
+        together(comm, lambda: check_host_memory(world, config, plan))
+        pool = make_pool(world, config, plan)
+        tell(f"model {path.name}: {spec.architecture}, "
+             f"{spec.parameter_bytes / 2**20:.0f} MiB of weights")
+    tell(f"starting {topology.sum_text()} ranks …")
+    group = topology.group_of(world.rank)
+    executor = together(comm, lambda: None if group is None else make_executor(
+        world, config, group, pool, path, spec))
+    world.warm_up()
+    guards.unlink_shared_segments()
+    seconds = time.monotonic() - start
+    tell(f"ready after {seconds:.1f} s")
+    return _Job(config, world, spec, path, pool, executor, seconds)
+
+
+def _resolve(world: World, config: JobConfig) -> Path:
+    """The model's directory on this host: rank 0's, or, where hosts share no disk, each host's own."""
+    from disagg_mpi.model.resolve import resolve_model
+    from disagg_mpi.model.variants import ensure_dtype
+
+    def resolve() -> Path:
+        return ensure_dtype(resolve_model(config.model), config.dtype)
+
+    path = from_root(world.comm, resolve)
+    is_first_here = world.rank == world.host_ranks[0]
+    together(world.comm, lambda: resolve() if is_first_here and not path.exists() else path)
+    return path
+
+
+def _check_shapes(topology: Topology) -> None:
+    wide = next((group for group in topology.groups if group.shape.num_ranks > 1), None)
+    if wide is not None:
+        raise LayoutError(f"{wide.name} is {wide.shape}: instances of one rank (tp1pp1) are supported; "
+                          "for more throughput give more instances")

@@ -1,0 +1,92 @@
+"""The world of a running job: communicators, channels and the bell of this rank.
+
+Made once by ``launch`` with collectives over the world, closed at the job's end. After it is made nothing
+collective spans the world until then: instances talk point to point. Three duplicates of the world keep
+three kinds of traffic apart: control with rank 0, the hand-over's control, and the hand-over's bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from typing import TYPE_CHECKING
+
+from disagg_mpi.comm.channel import MpiChannel
+from disagg_mpi.comm.waiting import Doorbell
+from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology
+
+if TYPE_CHECKING:
+    from mpi4py import MPI
+
+
+class World:
+    """This rank's view. Construction and ``close`` are collective over ``comm``."""
+
+    def __init__(self, comm: MPI.Intracomm, topology: Topology) -> None:
+        from mpi4py import MPI
+
+        self.comm = comm
+        self.topology = topology
+        self.rank = comm.rank
+        self.job_id: str = comm.bcast(uuid.uuid4().hex[:12] if comm.rank == 0 else None)
+        self.host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.host_ranks: list[int] = self.host.allgather(comm.rank)
+        self.host_names: list[str] = comm.allgather(socket.gethostname())
+        self.host_of: list[int] = comm.allgather(self.host_ranks[0])
+        """Each rank's host, named by the lowest rank on it."""
+        self.doorbell = Doorbell(self.job_id, comm.rank, self.host_ranks, self.is_one_host)
+        self._control_comm = comm.Dup()
+        self._handover_comm = comm.Dup()
+        self.data_comm = comm.Dup()
+        self.control = MpiChannel(self._control_comm, self.doorbell)
+        self.handover = MpiChannel(self._handover_comm, self.doorbell)
+        self.max_tag: int = comm.Get_attr(MPI.TAG_UB)
+        self.threads = self._threads()
+
+    @property
+    def is_one_host(self) -> bool:
+        return len(set(self.host_of)) == 1
+
+    @property
+    def label(self) -> str:
+        return self.topology.label(self.rank)
+
+    def engine_ranks(self, host: int) -> list[int]:
+        """Ranks of instances on ``host`` (named by its lowest rank)."""
+        return [rank for rank, where in enumerate(self.host_of)
+                if where == host and rank != ORCHESTRATOR_RANK]
+
+    @property
+    def host_engine_ranks(self) -> list[int]:
+        return self.engine_ranks(self.host_ranks[0])
+
+    def warm_up(self) -> None:
+        """Connect every pair once, so that no request pays for it; collective."""
+        from mpi4py import MPI
+
+        token = bytearray(1)
+        for step in range(1, self.comm.size):
+            to, source = (self.rank + step) % self.comm.size, (self.rank - step) % self.comm.size
+            for comm in (self._control_comm, self._handover_comm, self.data_comm):
+                comm.Sendrecv([b"\0", MPI.BYTE], to, 0, [token, MPI.BYTE], source, 0)
+        self.comm.Barrier()
+
+    def close(self) -> None:
+        self.doorbell.close()
+        for comm in (self._control_comm, self._handover_comm, self.data_comm, self.host):
+            comm.Free()
+
+    def _threads(self) -> int:
+        """Compute threads of this rank: its cores, shared with the engine ranks that have them too.
+
+        Rank 0 sleeps and is not counted. A rank that the launcher bound to cores of its own keeps
+        those.
+        """
+        from disagg_mpi.comm.environment import count_cores
+
+        cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
+        others: list[tuple[int, frozenset[int]]] = self.host.allgather((self.rank, cpus))
+        sharing = sum(1 for rank, theirs in others
+                      if rank != ORCHESTRATOR_RANK and (not cpus or cpus & theirs))
+        return max(1, count_cores() // max(1, sharing))

@@ -1,0 +1,115 @@
+"""What a caller holds of a request on its way: wait for it, stream it, cancel it.
+
+A handle is made by ``Orchestrator.submit`` in the caller's thread and fed by the pump thread. Its events
+can be read once, by a plain ``for`` or by an ``async for``; the result any number of times.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from concurrent.futures import Future, InvalidStateError
+from typing import Any
+
+from disagg_mpi.orchestrator.table import Entry
+from disagg_mpi.request import Choice, FinishReason, Request, Response, Result, TokenEvent
+
+_Event = TokenEvent | None  # None: no more
+
+
+class RequestHandle:
+    """One request: ``result()``, ``for event in handle``, ``await handle``, ``async for``, ``cancel()``."""
+
+    def __init__(
+        self,
+        request: Request,
+        request_id: int,
+        prompt_token_ids: list[int],
+        cancel: Callable[[], None],
+        loop: asyncio.AbstractEventLoop | None,
+    ) -> None:
+        self.request = request
+        self.request_id = request_id
+        self._result = Result(
+            id=request.id, request_id=request_id, prompt_token_ids=prompt_token_ids,
+            choices=[Choice(index) for index in range(request.sampling.n)])
+        self._texts: list[list[str]] = [[] for _ in self._result.choices]
+        self._open = request.sampling.n
+        self._cancel = cancel
+        self._future: Future[Result] = Future()
+        self._loop = loop
+        self._sync: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._async: asyncio.Queue[_Event] = asyncio.Queue()
+
+    # ---- the caller's side ----
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the end. ``TimeoutError`` after ``timeout`` seconds; ``JobFailed`` if the job did."""
+        return self._future.result(timeout)
+
+    def done(self) -> bool:
+        return self._future.done()
+
+    def cancel(self) -> None:
+        """Give the request up in whatever phase it is; its result still comes, with an error."""
+        self._cancel()
+
+    def add_done_callback(self, function: Callable[[RequestHandle], None]) -> None:
+        """Call ``function(handle)`` at the end, on the pump thread: keep it short."""
+        self._future.add_done_callback(lambda _: function(self))
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while (event := self._sync.get()) is not None:
+            yield event
+        self.result()  # raises if the job failed
+
+    async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        while (event := await self._async.get()) is not None:
+            yield event
+        self.result(0)
+
+    def __await__(self) -> Generator[Any, None, Result]:
+        return asyncio.wrap_future(self._future).__await__()
+
+    # ---- the pump thread's side ----
+
+    def on_response(self, entry: Entry, response: Response) -> None:
+        index = entry.request.sequence_index
+        choice = self._result.choices[index]
+        choice.token_ids += response.token_ids
+        if response.text:
+            self._texts[index].append(response.text)
+        if response.logprobs is not None:
+            choice.logprobs = (choice.logprobs or []) + response.logprobs
+        if response.logits is not None:
+            choice.logits = (choice.logits or []) + response.logits
+        reason: FinishReason | None = None
+        if entry.is_over:
+            reason = choice.finish_reason = response.finish_reason or "error"
+            choice.timing = entry.timing
+            choice.text = "".join(self._texts[index])
+            self._result.error = self._result.error or response.error
+            self._open -= 1
+        if response.token_ids or response.text or reason:
+            self._push(TokenEvent(response.text, response.token_ids, index, response.logprobs,
+                                  reason))
+        if not self._open:
+            self._settle(lambda: self._future.set_result(self._result))
+
+    def fail(self, error: BaseException) -> None:
+        """The job failed: nothing more will come."""
+        self._settle(lambda: self._future.set_exception(error))
+
+    def _settle(self, settle: Callable[[], None]) -> None:
+        try:
+            settle()
+        except InvalidStateError:
+            return
+        self._push(None)
+
+    def _push(self, event: _Event) -> None:
+        if self._loop is None:
+            self._sync.put(event)
+        elif not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._async.put_nowait, event)

@@ -1,0 +1,108 @@
+"""What rank 0 knows: every request that is not over, and every instance. Pure data.
+
+            admit                 context steps            hand-over            generation steps
+  QUEUED ─────────► CONTEXT ───────────────────► HANDOVER ───────────► GENERATION ───────► DONE
+     │                                                                                     │
+     └──────────────────────── cancel, deadline or failure at any arrow ──► CANCELLED / FAILED
+
+An aggregated instance takes CONTEXT straight to GENERATION. An :class:`Entry` is one continuation
+(a request with ``n`` of them has ``n`` entries); it is in the table until its final response.
+"""
+
+from __future__ import annotations
+
+import time
+from enum import StrEnum
+from typing import Protocol
+
+from disagg_mpi.executor.base import ExecutorLimits
+from disagg_mpi.request import ExecutorRequest, FinishReason, Response, Timing
+from disagg_mpi.topology import Role
+
+
+class State(StrEnum):
+    QUEUED = "queued"
+    CONTEXT = "context"
+    HANDOVER = "hand-over"
+    GENERATION = "generation"
+    DONE = "done"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class InstanceView:
+    """Rank 0's ledger of one instance: what it has promised of it."""
+
+    def __init__(self, instance_id: int, role: Role, name: str, leader: int,
+                 limits: ExecutorLimits) -> None:
+        self.id = instance_id
+        self.role = role
+        self.name = name
+        self.leader = leader
+        self.limits = limits
+        self.free_blocks = limits.num_blocks
+        """Blocks not promised to any request: never more than the instance has free."""
+        self.num_requests = 0
+        self.pending_context_tokens = 0
+
+
+class Sink(Protocol):
+    """Who is told what becomes of an entry; called on the pump thread."""
+
+    def on_response(self, entry: Entry, response: Response) -> None:
+        """New tokens, or the end (``entry.state`` says which)."""
+
+
+class Entry:
+    """One continuation of one request."""
+
+    __slots__ = (
+        "cancel_reason", "context", "deadline", "first_token_at", "generation", "last_token_at",
+        "num_blocks", "num_tokens", "request", "second_token_at", "sink", "state", "submitted_at",
+        "timing",
+    )
+
+    def __init__(self, request: ExecutorRequest, sink: Sink, deadline: float | None) -> None:
+        self.request = request
+        self.sink = sink
+        self.state = State.QUEUED
+        self.deadline = deadline
+        """Monotonic time by which it must be over."""
+        self.cancel_reason: FinishReason | None = None
+        self.context: InstanceView | None = None
+        self.generation: InstanceView | None = None
+        self.num_blocks = 0
+        """Reserved at ``generation``."""
+        self.num_tokens = 0
+        self.timing = Timing()
+        self.submitted_at = time.monotonic()
+        self.first_token_at = 0.0
+        self.second_token_at = 0.0
+        self.last_token_at = 0.0
+
+    @property
+    def id(self) -> int:
+        return self.request.request_id
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in (State.DONE, State.CANCELLED, State.FAILED)
+
+    def count_tokens(self, count: int, now: float) -> None:
+        if not self.num_tokens:
+            self.first_token_at = now
+        elif not self.second_token_at:
+            self.second_token_at = now
+        self.num_tokens += count
+        self.last_token_at = now
+
+    def finish_timing(self, now: float) -> Timing:
+        """The end-to-end figures, once nothing more will come."""
+        timing = self.timing
+        timing.total = now - self.submitted_at
+        if self.first_token_at:
+            timing.ttft = self.first_token_at - self.submitted_at
+        if self.second_token_at:
+            timing.second_token = self.second_token_at - self.first_token_at
+            timing.tpot = (self.last_token_at - self.first_token_at) / (self.num_tokens - 1)
+        return timing

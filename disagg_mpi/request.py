@@ -1,0 +1,265 @@
+"""Requests, responses and results: the data that passes between the layers.
+
+Two levels. A user makes a :class:`Request` and gets a :class:`Result` (one, with all its choices).
+An executor gets an :class:`ExecutorRequest` (one sequence, token ids only) and gives
+:class:`Response` objects, one for each step that made tokens; names follow TensorRT-LLM's executor API
+(``RequestType``, ``context_phase_params``). All are plain msgspec structs, so they travel as msgpack.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Any, Literal
+
+import msgspec
+
+from disagg_mpi.errors import ConfigError
+
+FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
+
+MAX_LOGPROBS = 20
+
+
+class SamplingParams(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True
+):
+    """How tokens are chosen. The defaults are greedy. Raises :class:`ConfigError` for bad values.
+
+    Penalties follow the field's definitions: ``repetition_penalty`` (Keskar et al. 2019, CTRL) over
+    prompt and output; ``presence_penalty`` and ``frequency_penalty`` (OpenAI API) over the output.
+    """
+
+    max_tokens: int = 64
+    min_tokens: int = 0
+    """End-of-sequence and stop tokens are not sampled before this many tokens."""
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Sample among this many most likely tokens; 0: all."""
+    top_p: float = 1.0
+    """Sample among the smallest set of tokens with this probability together."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    stop: tuple[str, ...] = ()
+    """Texts that end the output; they are not part of it."""
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    seed: int | None = None
+    """The same seed gives the same tokens at every layout; ``None``: a new one each time."""
+    logprobs: int | None = None
+    """Also give the log-probability of each token and of this many alternatives (0 to 20)."""
+    n: int = 1
+    """Independent continuations of the one prompt."""
+    return_generation_logits: bool = False
+    """Also give the raw logits (fp32, before penalties) that each token was chosen from."""
+
+    def __post_init__(self) -> None:
+        def need(good: bool, name: str, what: str) -> None:
+            if not good:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {what}")
+
+        need(self.max_tokens >= 1, "max_tokens", "at least 1")
+        need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
+        need(0.0 <= self.temperature < 1e6, "temperature", "0 (greedy) or a positive number")
+        need(self.top_k >= 0, "top_k", "0 (all) or more")
+        need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
+        need(0.0 < self.repetition_penalty < 1e6, "repetition_penalty", "a positive number")
+        for name in ("presence_penalty", "frequency_penalty"):
+            need(-1e6 < getattr(self, name) < 1e6, name, "a number")
+        need(all(self.stop), "stop", "texts that are not empty")
+        need(self.seed is None or 0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
+        need(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs",
+             f"between 0 and {MAX_LOGPROBS}")
+        need(self.n >= 1, "n", "at least 1")
+
+    @property
+    def has_penalties(self) -> bool:
+        return (self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
+                or self.frequency_penalty != 0.0)
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """What a user asks for: exactly one of ``prompt``, ``prompt_token_ids``, ``messages``."""
+
+    prompt: str | None = None
+    prompt_token_ids: Sequence[int] | None = None
+    messages: Sequence[dict[str, Any]] | None = None
+    """A chat, for models with a chat template: ``{"role": …, "content": …}`` each."""
+    sampling: SamplingParams = SamplingParams()
+    deadline: float | None = None
+    """Seconds from submission within which all of it must be done."""
+    id: str | None = None
+    """The user's own name for it, given back in the result."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("prompt", "prompt_token_ids", "messages")
+                 if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError("a request needs exactly one of prompt, prompt_token_ids, messages; "
+                              f"found {' and '.join(given) or 'none'}")
+        if self.deadline is not None and self.deadline <= 0:
+            raise ConfigError(f"deadline is {self.deadline}; it must be positive seconds")
+
+
+class RequestType(StrEnum):
+    """Which phases an executor runs for a request."""
+
+    CONTEXT_AND_GENERATION = "context_and_generation"
+    CONTEXT_ONLY = "context_only"
+    GENERATION_ONLY = "generation_only"
+
+
+class ContextPhaseParams(msgspec.Struct, frozen=True, array_like=True):
+    """What a generation executor needs to go on where a context executor stopped."""
+
+    first_gen_tokens: tuple[int, ...]
+    req_id: int
+    opaque_state: bytes
+    """The hand-over's own description of where the KV-cache lies."""
+
+
+class ExecutorRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One sequence for an executor."""
+
+    request_id: int
+    """63-bit, unique in the job."""
+    prompt_token_ids: list[int]
+    sampling: SamplingParams = SamplingParams()
+    """``seed`` must be set when ``temperature`` is not 0 and phases are split."""
+    type: RequestType = RequestType.CONTEXT_AND_GENERATION
+    sequence_index: int = 0
+    """Which of the ``n`` continuations this is; part of the random stream's key."""
+    context_phase_params: ContextPhaseParams | None = None
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    """Log-probabilities (natural) of one generated token and of the most likely ones."""
+
+    logprob: float
+    top: list[tuple[int, float]] = []
+
+
+class PhaseTiming(msgspec.Struct, array_like=True):
+    """Where an executor spent a request's time. Durations in seconds, measured on one rank each."""
+
+    queue: float = 0.0
+    """From enqueue to the first step that it was part of."""
+    context: float = 0.0
+    """From that step's start to the first token."""
+    handover: float = 0.0
+    """From the pull's start until the KV-cache is in place (generation rank)."""
+    handover_bytes: int = 0
+    """Bytes that were copied; 0 where the block table moved and the bytes stayed."""
+    kv_bytes: int = 0
+    """Size of the KV-cache that was handed over, moved or not."""
+    transport: str = ""
+
+
+class Response(msgspec.Struct, kw_only=True, omit_defaults=True):
+    """What one step made of one request. The last one of a request has ``is_final``."""
+
+    request_id: int
+    token_ids: list[int] = []
+    text: str = ""
+    logprobs: list[TokenLogprobs] | None = None
+    logits: list[bytes] | None = None
+    """One fp32 row (little endian) of the vocabulary's length for each token."""
+    is_final: bool = False
+    finish_reason: FinishReason | None = None
+    """Set on the last response, unless a generation executor is to go on."""
+    error: str | None = None
+    context_phase_params: ContextPhaseParams | None = None
+    timing: PhaseTiming | None = None
+
+    @property
+    def has_error(self) -> bool:
+        return self.error is not None
+
+
+class Usage(msgspec.Struct, frozen=True):
+    """Token counts of a finished request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Timing(msgspec.Struct, kw_only=True):
+    """Where a request's time went. Seconds; ``ttft`` and ``total`` are seen from rank 0."""
+
+    queue: float = 0.0
+    """Waiting at rank 0 for a place, and at the instance for its first step."""
+    context: float = 0.0
+    handover: float = 0.0
+    handover_bytes: int = 0
+    kv_bytes: int = 0
+    transport: str = ""
+    ttft: float = 0.0
+    """Time to first token: from submission until it was at rank 0."""
+    second_token: float = 0.0
+    """From the first token to the second: what the hand-over costs a reader."""
+    tpot: float = 0.0
+    """Time per output token after the first, mean."""
+    total: float = 0.0
+
+    @property
+    def handover_gb_per_s(self) -> float:
+        return self.handover_bytes / self.handover / 1e9 if self.handover else 0.0
+
+
+class Choice(msgspec.Struct):
+    """One continuation."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = msgspec.field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] | None = None
+    logits: list[bytes] | None = None
+    timing: Timing = msgspec.field(default_factory=Timing)
+
+
+class Result(msgspec.Struct, kw_only=True):
+    """A finished request: done, or with ``error`` saying why not. Never missing."""
+
+    id: str | None
+    request_id: int
+    prompt_token_ids: list[int]
+    choices: list[Choice]
+    error: str | None = None
+
+    @property
+    def text(self) -> str:
+        return self.choices[0].text
+
+    @property
+    def token_ids(self) -> list[int]:
+        return self.choices[0].token_ids
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.choices[0].finish_reason
+
+    @property
+    def timing(self) -> Timing:
+        return self.choices[0].timing
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt_tokens=len(self.prompt_token_ids),
+                     completion_tokens=sum(len(choice.token_ids) for choice in self.choices))
+
+
+class TokenEvent(msgspec.Struct, frozen=True):
+    """New tokens of one choice, as a stream gives them."""
+
+    text: str
+    token_ids: list[int]
+    index: int = 0
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: FinishReason | None = None

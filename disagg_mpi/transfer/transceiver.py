@@ -1,0 +1,229 @@
+"""The hand-over's protocol, one :class:`Transceiver` a rank.
+
+    context                                          generation
+    offer(id, blocks) ── opaque_state ──(rank 0)──►  pull(id, state, reserved blocks)
+      blocks kept                                      │ one pool for both? take the blocks, give the
+                                                       │ reserved ones in exchange: no bytes move
+         ◄───────────── PullRequest(id, tag) ──────────┤ else: post the receive, then ask
+      send ═══════════════ KV bytes ═══════════════►   │ wait
+         ◄───────────── Release(id, exchanged?) ───────┘ in place: generation may start
+      blocks freed
+
+Generation pulls, so nothing arrives that has no place. The transceiver never frees a block: it reports
+:class:`Pulled` and :class:`Released`, and the engine, which owns the blocks, acts. An offer ends exactly
+once: by a ``Release`` of whoever pulled it, or by ``drop`` if nobody ever will. A pull that is abandoned
+while bytes are on their way stays open until they have arrived: its blocks are no one else's till then.
+
+Tags are chosen by the receiver and unique among its open receives, so two transfers cannot meet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import msgspec
+
+from disagg_mpi.comm.channel import Channel
+from disagg_mpi.comm.messages import PullRequest, Release
+from disagg_mpi.errors import RequestError
+from disagg_mpi.transfer.layout import KvLayout
+from disagg_mpi.transfer.transports import Transfer, Transport
+
+SHARED = "shared"
+"""Name of the way in which the table moves and the bytes stay."""
+
+
+class TransferState(msgspec.Struct, frozen=True, array_like=True):
+    """Where a finished context lies: the opaque state of ``context_phase_params``."""
+
+    rank: int
+    pool: str
+    """Name of the memory that holds the blocks; equal names mean the same bytes."""
+    layout: KvLayout
+    block_ids: list[int]
+    num_tokens: int
+
+
+class Pulled(msgspec.Struct, frozen=True):
+    """A pull is over: the KV-cache is in place, or it was abandoned."""
+
+    request_id: int
+    taken: list[int] | None
+    """Blocks taken over in a shared pool, in place of as many reserved ones, which were given away."""
+    abandoned: bool
+    seconds: float
+    bytes_moved: int
+    kv_bytes: int
+    transport: str
+
+
+class Released(msgspec.Struct, frozen=True):
+    """An offer is over: free its blocks, or own ``exchanged`` in their place."""
+
+    request_id: int
+    exchanged: list[int] | None
+
+
+class _Offer(msgspec.Struct):
+    block_ids: list[int]
+    num_tokens: int
+    transfer: Transfer | None = None
+    release: Release | None = None
+
+
+class _Pull(msgspec.Struct):
+    source: int
+    source_id: int
+    transfer: Transfer
+    tag: int
+    kv_bytes: int
+    start: float
+    abandoned: bool = False
+
+
+class Transceiver:
+    """Both ends of the hand-over for one rank; it owns the open transfers, not the blocks."""
+
+    def __init__(
+        self,
+        rank: int,
+        channel: Channel,
+        transport: Transport,
+        layout: KvLayout,
+        *,
+        pool: str,
+        use_shared: bool,
+        max_tag: int = 2**15 - 1,
+    ) -> None:
+        self._rank = rank
+        self._channel = channel
+        self._transport = transport
+        self._layout = layout
+        self._pool = pool
+        self._use_shared = use_shared
+        self._max_tag = max_tag
+        self._next_tag = 0
+        self._offers: dict[int, _Offer] = {}
+        self._pulls: dict[int, _Pull] = {}
+        self._tags: set[int] = set()
+        self._done: list[Pulled | Released] = []
+        # A Release may be asked for while its own send is still open at our side of MPI.
+        self.bytes_sent = 0
+        self.bytes_received = 0
+
+    # ---- context side ----
+
+    def offer(self, request_id: int, block_ids: Sequence[int], num_tokens: int) -> bytes:
+        """Keep ``block_ids`` for whoever pulls; returns the opaque state that it needs.
+
+        ``block_ids`` may be longer than ``num_tokens`` needs: in a shared pool the room for the
+        output goes along, so that the request stays contiguous.
+        """
+        self._offers[request_id] = _Offer(list(block_ids), num_tokens)
+        return msgspec.msgpack.encode(
+            TransferState(self._rank, self._pool, self._layout, list(block_ids), num_tokens))
+
+    def has_offer(self, request_id: int) -> bool:
+        return request_id in self._offers
+
+    def drop(self, request_id: int) -> None:
+        """End an offer that nobody has been told of, or that nobody will pull."""
+        offer = self._offers.get(request_id)
+        if offer is not None and offer.transfer is None:
+            del self._offers[request_id]
+            self._done.append(Released(request_id, None))
+
+    # ---- generation side ----
+
+    def pull(self, request_id: int, source_id: int, state: bytes, block_ids: Sequence[int]) -> None:
+        """Bring the KV-cache that ``state`` describes into ``block_ids``, which the caller reserved.
+
+        Raises :class:`RequestError` if the two pools cannot be matched.
+        """
+        source = msgspec.msgpack.decode(state, type=TransferState)
+        layout = self._layout
+        if not layout.same_block(source.layout):
+            raise RequestError(f"the context's KV blocks ({source.layout}) and this instance's "
+                               f"({layout}) differ")
+        start = time.monotonic()
+        kv_bytes = layout.kv_bytes(source.num_tokens)
+        if self._use_shared and source.pool == self._pool:
+            count = min(len(source.block_ids), len(block_ids))
+            needed = layout.blocks_for(source.num_tokens)
+            if count < needed:
+                raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")
+            taken, rest = source.block_ids[:count], source.block_ids[count:]
+            # Whatever the context holds beyond our reservation goes back with the exchange.
+            given = list(block_ids[:count]) + rest
+            self._channel.send(source.rank, Release(source_id, given))
+            self._done.append(Pulled(request_id, taken, False, time.monotonic() - start, 0,
+                                     kv_bytes, SHARED))
+            return
+        tag = self._take_tag()
+        transfer = self._transport.receive(source.rank, tag, block_ids, source.num_tokens)
+        self._pulls[request_id] = _Pull(source.rank, source_id, transfer, tag, kv_bytes, start)
+        self._channel.send(source.rank, PullRequest(source_id, tag))
+
+    def abandon(self, request_id: int) -> bool:
+        """Give up a pull; ``True`` if it was open (a :class:`Pulled` with ``abandoned`` follows)."""
+        pull = self._pulls.get(request_id)
+        if pull is not None:
+            pull.abandoned = True
+        return pull is not None
+
+    def refuse(self, source_id: int, state: bytes) -> None:
+        """Tell the context side that its offer will not be pulled."""
+        source = msgspec.msgpack.decode(state, type=TransferState)
+        self._channel.send(source.rank, Release(source_id, None))
+
+    # ---- both ----
+
+    def progress(self) -> list[Pulled | Released]:
+        """Take in messages, move transfers on, and return what is over."""
+        for rank, message in self._channel.poll():
+            offer = self._offers.get(message.request_id)
+            if offer is None:
+                continue  # dropped here while the message was on its way
+            if isinstance(message, PullRequest):
+                offer.transfer = self._transport.send(
+                    rank, message.tag, offer.block_ids, offer.num_tokens)
+                self.bytes_sent += self._layout.kv_bytes(offer.num_tokens)
+            else:
+                offer.release = message
+        for request_id, offer in list(self._offers.items()):
+            if offer.release and (offer.transfer is None or offer.transfer.done()):
+                del self._offers[request_id]
+                self._done.append(Released(request_id, offer.release.exchanged))
+            elif offer.transfer is not None:
+                offer.transfer.done()
+        for request_id, pull in list(self._pulls.items()):
+            if pull.transfer.done():
+                del self._pulls[request_id]
+                self._tags.discard(pull.tag)
+                self.bytes_received += pull.kv_bytes
+                self._channel.send(pull.source, Release(pull.source_id, None))
+                self._done.append(Pulled(request_id, None, pull.abandoned,
+                                         time.monotonic() - pull.start, pull.kv_bytes,
+                                         pull.kv_bytes, self._transport.name))
+        done, self._done = self._done, []
+        return done
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether bytes of this rank are on their way, so that MPI should be called often."""
+        return bool(self._pulls) or any(offer.transfer for offer in self._offers.values())
+
+    @property
+    def num_open(self) -> int:
+        return len(self._offers) + len(self._pulls) + len(self._done)
+
+    def _take_tag(self) -> int:
+        if len(self._tags) > self._max_tag:
+            raise RequestError(f"{len(self._tags)} transfers are open, all tags are in use")
+        while self._next_tag in self._tags:
+            self._next_tag = (self._next_tag + 1) % (self._max_tag + 1)
+        tag = self._next_tag
+        self._tags.add(tag)
+        self._next_tag = (tag + 1) % (self._max_tag + 1)
+        return tag

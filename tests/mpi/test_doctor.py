@@ -1,0 +1,83 @@
+"""The doctor over a real world: mpirun -n 3 python -m pytest --with-mpi tests/mpi."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+
+from disagg_mpi.cli.doctor import render
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.diagnostics import (
+    DoctorReport,
+    choose_pairs,
+    inspect_machine,
+    mismatch_finding,
+    run_doctor,
+    would_stop,
+)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_every_pair_is_measured_and_rank_0_reports() -> None:
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    report = run_doctor(world)
+    assert (report is not None) == (world.rank == 0)
+    # Rank 0's checks must not leave the others waiting: whatever it finds, all agree on it.
+    problem = world.bcast(_problem(report, world.size) if report else None)
+    assert problem is None
+
+
+def _problem(report: DoctorReport, size: int) -> str | None:
+    pairs = [(pair.a, pair.b) for pair in report.pairs]
+    checks = {
+        "all pairs": pairs == choose_pairs(size),
+        "figures": all(pair.gbps > 0 and pair.latency_us > 0 and pair.wake_us > 0
+                       and pair.ratio > 0 for pair in report.pairs),
+        "hosts": sorted(rank for ranks in report.hosts.values() for rank in ranks)
+                 == list(range(size)),
+        "threads": report.thread_provided == "multiple",
+        "tags": report.tag_ub >= 32767,
+        "fine": not would_stop(report.findings),
+        "text": any(" 0-1" in line for line in render(report)),
+        "json": msgspec.json.decode(msgspec.json.encode(report), type=DoctorReport) == report,
+    }
+    return next((name for name, holds in checks.items() if not holds), None)
+
+
+@pytest.mark.mpi(min_size=2)
+def test_a_communicator_of_one_rank_has_no_pair() -> None:
+    from mpi4py import MPI
+
+    report = run_doctor(MPI.COMM_SELF)
+    assert report is not None
+    assert report.pairs == []
+
+
+def test_pairs_of_a_large_world_stay_few() -> None:
+    assert choose_pairs(3) == [(0, 1), (0, 2), (1, 2)]
+    pairs = choose_pairs(200)
+    assert len(pairs) < 2 * 200
+    assert {rank for pair in pairs for rank in pair} == set(range(200))
+    assert all(0 <= a < b < 200 for a, b in pairs)
+
+
+@pytest.mark.parametrize(("context", "world_size", "stops"), [
+    (LauncherContext(), 1, False),
+    (LauncherContext("srun", None, 0, 4), 4, False),
+    (LauncherContext("srun", None, 0, 4), 1, True),
+    (LauncherContext("mpirun", "mpich", 0, 3), 1, True),
+    (LauncherContext("pmix", None, 0, None), 1, False),
+])
+def test_a_world_of_one_under_a_launcher_is_explained(context: LauncherContext, world_size: int,
+                                                      stops: bool) -> None:
+    finding = mismatch_finding(context, world_size)
+    assert (finding is not None) == stops
+    if finding and context.launcher == "srun":
+        assert "srun --mpi=pmi2" in finding.remedy
+
+
+def test_the_machine_is_rendered() -> None:
+    lines = list(render(inspect_machine()))
+    assert any(line.startswith("MPI ") for line in lines)
