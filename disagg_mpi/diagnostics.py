@@ -289,7 +289,8 @@ def _small_shared_memory(report: MachineReport, env: Mapping[str, str]) -> Itera
     remedy = ("start the container with --shm-size=8g (Kubernetes: an emptyDir of medium Memory at "
               "/dev/shm), or keep pools private with --transport mpi")
     yield Finding(level, f"/dev/shm has {memory.free // MIB} MiB free of "
-                         f"{memory.total // MIB} MiB; the shared KV-cache pool of a job on one host lives there", remedy)
+                         f"{memory.total // MIB} MiB; the shared KV-cache pool of a job on one "
+                         "host lives there", remedy)
 
 
 def _leftovers(report: MachineReport, env: Mapping[str, str]) -> Iterator[Finding]:
@@ -391,6 +392,13 @@ def mismatch_finding(context: LauncherContext, world_size: int) -> Finding | Non
 
 
 # ---- a whole job ---------------------------------------------------------------------------------
+
+
+def world() -> MPI.Intracomm:
+    """Start MPI and return its world."""
+    from mpi4py import MPI
+
+    return MPI.COMM_WORLD
 
 
 def run_doctor(comm: MPI.Comm, machine: MachineReport | None = None) -> DoctorReport | None:
@@ -537,12 +545,13 @@ class _Bench:
 
 @contextlib.contextmanager
 def _deadline(seconds: float, who: str, comm: MPI.Comm) -> Iterator[None]:
-    """End the job with a sentence when the body takes too long: nothing else ends a blocked Recv."""
+    """End the job with a sentence when the body takes too long: a blocked Recv never ends."""
 
     def give_up() -> None:
         print(f"doctor: {who} have not exchanged {BANDWIDTH_BYTES // MIB} MiB within "
-              f"{seconds:.0f} s: no usable connection. Check firewalls, and the network interface that MPI chose "
-              "(Open MPI: OMPI_MCA_btl_tcp_if_include=eth0; MPICH: mpirun -iface eth0)",
+              f"{seconds:.0f} s: no usable connection. Check firewalls, and the network interface "
+              "that MPI chose (Open MPI: OMPI_MCA_btl_tcp_if_include=eth0; MPICH: mpirun -iface "
+              "eth0)",
               file=sys.stderr, flush=True)
         comm.Abort(1)
 

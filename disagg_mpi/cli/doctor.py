@@ -24,6 +24,7 @@ from disagg_mpi.diagnostics import (
     launcher_finding,
     mismatch_finding,
     run_doctor,
+    world,
     would_stop,
 )
 
@@ -47,11 +48,10 @@ def doctor(as_json: bool) -> None:
 def _measure(machine: MachineReport) -> MachineReport | DoctorReport | None:
     finding = launcher_finding(machine)
     if finding is None:
-        from mpi4py import MPI
-
-        finding = mismatch_finding(machine.launcher, MPI.COMM_WORLD.size)
+        comm = world()
+        finding = mismatch_finding(machine.launcher, comm.size)
         if finding is None:
-            return run_doctor(MPI.COMM_WORLD, machine)
+            return run_doctor(comm, machine)
     # No common world: one of the processes speaks, as well as the launcher lets them know which.
     # The others end with 0, because mpirun kills all at the first one that does not.
     if machine.launcher.rank not in (0, None):

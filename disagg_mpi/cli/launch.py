@@ -88,7 +88,7 @@ def run_line(line: LaunchLine, sigint_as: signal.Signals = signal.SIGINT) -> int
             # terminal, and rank 0 may want to. preexec_fn is safe: this process has no threads.
             child = subprocess.Popen(
                 line.argv, env=os.environ | line.env, stderr=subprocess.PIPE,
-                start_new_session=True, preexec_fn=end_with_parent)  # noqa: PLW1509
+                start_new_session=True, preexec_fn=end_with_parent)
         except OSError as error:
             click.echo(f"Error: cannot start {line.argv[0]}: {error.strerror}", err=True)
             return MpiError.exit_code
@@ -176,9 +176,12 @@ class NoticeFilter:
     """
 
     _RULE = b"-" * 74
-    _OPENINGS = tuple(f"{name} detected that one or more processes exited with non-zero".encode()
-                      for name in ("prterun", "mpirun", "mpiexec")) + (
-                          b"Primary job  terminated normally",)
+    _OPENINGS = (
+        b"prterun detected that one or more processes exited with non-zero",
+        b"mpirun detected that one or more processes exited with non-zero",
+        b"mpiexec detected that one or more processes exited with non-zero",
+        b"Primary job  terminated normally",  # Open MPI 4 prints two boxes
+    )
     _MAX_LINES = 12
 
     def __init__(self) -> None:

@@ -61,7 +61,7 @@ class MpiChannel:
 
     def poll(self) -> list[tuple[int, Any]]:
         self._reap()
-        received = []
+        received: list[tuple[int, Any]] = []
         while True:
             message = self._comm.Improbe(self._mpi.ANY_SOURCE, CONTROL_TAG, self._status)
             if message is None:

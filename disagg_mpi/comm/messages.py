@@ -1,9 +1,8 @@
 """Every message and tag, each with one definition.
 
-Control messages are msgspec structs in one tagged union, encoded as msgpack (arrays: about 0.3 µs a
-response to decode) and sent as bytes under one tag; the reader dispatches on the type. Two kinds of traffic never share a
-communicator: control (this module) and the bytes of the KV-cache (``transfer.transports``), so their
-tags cannot meet.
+Control messages are msgspec structs in one tagged union, encoded as msgpack and sent as bytes under one
+tag; the reader dispatches on the type. Two kinds of traffic never share a communicator: control (this
+module) and the bytes of the KV-cache (``transfer.transports``), so their tags cannot meet.
 """
 
 from __future__ import annotations
@@ -12,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from disagg_mpi.request import ExecutorRequest, Response
+from disagg_mpi.request import ExecutorRequest, FinishReason, Response
 
 CONTROL_TAG = 1
 """The only tag on a control communicator."""
@@ -35,7 +34,7 @@ class Cancel(Message, frozen=True):
     """Give these requests up; each still gets its one final response."""
 
     request_ids: list[int]
-    reason: str = "cancelled"
+    reason: FinishReason = "cancelled"
 
 
 class DropOffer(Message, frozen=True):

@@ -96,7 +96,10 @@ def paged_attention(
     sliding_window: int | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Write K and V ``[1, kv_heads, tokens, head_dim]`` to the pool, attend, return ``[1, tokens, heads, head_dim]``."""
+    """Write K and V ``[1, kv_heads, tokens, head_dim]`` to the pool, and attend.
+
+    Returns ``[1, tokens, heads, head_dim]``, as transformers' own attention functions do.
+    """
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = paged.pool.keys[layer], paged.pool.values[layer]
     keys.index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))

@@ -154,7 +154,8 @@ class Engine:
 
     @property
     def is_moving(self) -> bool:
-        return self._transceiver.is_moving
+        """Whether bytes are on their way that move only while :meth:`progress` is called."""
+        return not self._transceiver.has_thread and self._transceiver.is_moving
 
     @property
     def num_free_blocks(self) -> int:

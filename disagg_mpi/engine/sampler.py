@@ -75,7 +75,7 @@ class Sampler:
                 row[seen] = torch.where(values > 0, values / penalty, values * penalty)
             output = sequence.output_token_ids
             if output:
-                used, counts = torch.tensor(output).unique(return_counts=True)
+                used, counts = torch.tensor(output).unique(return_counts=True)  # type: ignore[no-untyped-call]
                 row[used] -= params.presence_penalty + params.frequency_penalty * counts
         if sequence.num_output_tokens < params.min_tokens:
             row = row.clone() if row is raw else row

@@ -54,7 +54,8 @@ def load_model(path: Path, dtype: str) -> nn.Module:
     for module in model.modules():
         if type(module) is nn.Linear and _has_onednn(dtype):
             module.__class__ = OneDnnLinear
-    return model.eval().requires_grad_(False)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
 
 
 def _assign_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
@@ -93,7 +94,7 @@ def _fill_buffers(model: nn.Module, config: Any) -> None:
 
 
 def _has_onednn(dtype: str) -> bool:
-    return (torch.backends.mkldnn.is_available()
+    return (bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (dtype == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()))
 

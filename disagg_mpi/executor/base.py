@@ -115,6 +115,9 @@ class Executor(ABC):
     def shutdown(self, timeout: float = 30.0) -> None:
         """Wait until no context is left to be pulled, ``timeout`` seconds at most."""
 
+    def close(self) -> None:  # noqa: B027 - most have nothing to give back
+        """Give threads and the like back; nothing of the executor may be used afterwards."""
+
     # ---- for those who drive it ----
 
     @abstractmethod

@@ -16,6 +16,7 @@ from disagg_mpi.executor.base import Executor, ExecutorLimits, IterationStats
 from disagg_mpi.executor.output import IncrementalDecoder, TextOutput
 from disagg_mpi.executor.validate import problem_with
 from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, FinishReason, Response
+from disagg_mpi.transfer.progress import ProgressThread
 
 _ERRORS: dict[str, str] = {
     "cancelled": "cancelled before it was done",
@@ -32,11 +33,13 @@ class BuiltinExecutor(Executor):
         limits: ExecutorLimits,
         waiter: Waiter,
         make_decoder: Callable[[], IncrementalDecoder] | None = None,
+        progress: ProgressThread | None = None,
     ) -> None:
         super().__init__(waiter)
         self.limits = limits
         self._engine = engine
         self._make_decoder = make_decoder
+        self._progress = progress
         self._texts: dict[int, TextOutput] = {}
         self._stats: deque[IterationStats] = deque(maxlen=1000)
         self._iteration = 0
@@ -65,6 +68,10 @@ class BuiltinExecutor(Executor):
                 self._waiter.worked()
             else:
                 self._waiter.idle(transferring=self.is_moving, at_most=0.001)
+
+    def close(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
 
     @property
     def is_moving(self) -> bool:

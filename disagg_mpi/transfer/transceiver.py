@@ -15,10 +15,15 @@ once: by a ``Release`` of whoever pulled it, or by ``drop`` if nobody ever will.
 while bytes are on their way stays open until they have arrived: its blocks are no one else's till then.
 
 Tags are chosen by the receiver and unique among its open receives, so two transfers cannot meet.
+
+Two threads may use a transceiver: the engine's, which offers, pulls and takes what is over, and a
+:class:`~disagg_mpi.transfer.progress.ProgressThread`, which calls :meth:`Transceiver.advance`. Without that
+thread the engine's calls advance it.
 """
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 
@@ -32,6 +37,12 @@ from disagg_mpi.transfer.transports import Transfer, Transport
 
 SHARED = "shared"
 """Name of the way in which the table moves and the bytes stay."""
+
+# How long an open transfer is looked at without sleeping: what its bytes take at 1 GB/s, and a moment
+# for the peer to answer. On one host both sides must call MPI for bytes to move, and sleeping 50 µs
+# between the calls cuts 14 GB/s to 0.1; a peer that is later than this is busy with something else.
+_SPIN_BYTES_PER_S = 1e9
+_SPIN_SECONDS = 0.005
 
 
 class TransferState(msgspec.Struct, frozen=True, array_like=True):
@@ -70,6 +81,7 @@ class _Offer(msgspec.Struct):
     num_tokens: int
     transfer: Transfer | None = None
     release: Release | None = None
+    spin_until: float = 0.0
 
 
 class _Pull(msgspec.Struct):
@@ -79,6 +91,7 @@ class _Pull(msgspec.Struct):
     tag: int
     kv_bytes: int
     start: float
+    spin_until: float
     abandoned: bool = False
 
 
@@ -104,13 +117,13 @@ class Transceiver:
         self._use_shared = use_shared
         self._max_tag = max_tag
         self._next_tag = 0
+        self._lock = threading.Lock()
+        self.has_thread = False
+        """Whether a progress thread advances this transceiver."""
         self._offers: dict[int, _Offer] = {}
         self._pulls: dict[int, _Pull] = {}
         self._tags: set[int] = set()
         self._done: list[Pulled | Released] = []
-        # A Release may be asked for while its own send is still open at our side of MPI.
-        self.bytes_sent = 0
-        self.bytes_received = 0
 
     # ---- context side ----
 
@@ -120,7 +133,8 @@ class Transceiver:
         ``block_ids`` may be longer than ``num_tokens`` needs: in a shared pool the room for the
         output goes along, so that the request stays contiguous.
         """
-        self._offers[request_id] = _Offer(list(block_ids), num_tokens)
+        with self._lock:
+            self._offers[request_id] = _Offer(list(block_ids), num_tokens)
         return msgspec.msgpack.encode(
             TransferState(self._rank, self._pool, self._layout, list(block_ids), num_tokens))
 
@@ -129,10 +143,11 @@ class Transceiver:
 
     def drop(self, request_id: int) -> None:
         """End an offer that nobody has been told of, or that nobody will pull."""
-        offer = self._offers.get(request_id)
-        if offer is not None and offer.transfer is None:
-            del self._offers[request_id]
-            self._done.append(Released(request_id, None))
+        with self._lock:
+            offer = self._offers.get(request_id)
+            if offer is not None and offer.transfer is None:
+                del self._offers[request_id]
+                self._done.append(Released(request_id, None))
 
     # ---- generation side ----
 
@@ -148,39 +163,70 @@ class Transceiver:
                                f"({layout}) differ")
         start = time.monotonic()
         kv_bytes = layout.kv_bytes(source.num_tokens)
-        if self._use_shared and source.pool == self._pool:
-            count = min(len(source.block_ids), len(block_ids))
-            needed = layout.blocks_for(source.num_tokens)
-            if count < needed:
-                raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")
-            taken, rest = source.block_ids[:count], source.block_ids[count:]
-            # Whatever the context holds beyond our reservation goes back with the exchange.
-            given = list(block_ids[:count]) + rest
-            self._channel.send(source.rank, Release(source_id, given))
-            self._done.append(Pulled(request_id, taken, False, time.monotonic() - start, 0,
-                                     kv_bytes, SHARED))
-            return
-        tag = self._take_tag()
-        transfer = self._transport.receive(source.rank, tag, block_ids, source.num_tokens)
-        self._pulls[request_id] = _Pull(source.rank, source_id, transfer, tag, kv_bytes, start)
-        self._channel.send(source.rank, PullRequest(source_id, tag))
+        with self._lock:
+            if self._use_shared and source.pool == self._pool:
+                taken = self._exchange(source, source_id, block_ids)
+                self._done.append(Pulled(request_id, taken, False, time.monotonic() - start, 0,
+                                         kv_bytes, SHARED))
+                return
+            tag = self._take_tag()
+            transfer = self._transport.receive(source.rank, tag, block_ids, source.num_tokens)
+            self._pulls[request_id] = _Pull(source.rank, source_id, transfer, tag, kv_bytes, start,
+                                            _spin_until(kv_bytes))
+            self._channel.send(source.rank, PullRequest(source_id, tag))
 
     def abandon(self, request_id: int) -> bool:
         """Give up a pull; ``True`` if it was open (a :class:`Pulled` with ``abandoned`` follows)."""
-        pull = self._pulls.get(request_id)
-        if pull is not None:
-            pull.abandoned = True
-        return pull is not None
+        with self._lock:
+            pull = self._pulls.get(request_id)
+            if pull is not None:
+                pull.abandoned = True
+            return pull is not None or any(
+                isinstance(event, Pulled) and event.request_id == request_id
+                for event in self._done)
 
     def refuse(self, source_id: int, state: bytes) -> None:
         """Tell the context side that its offer will not be pulled."""
         source = msgspec.msgpack.decode(state, type=TransferState)
-        self._channel.send(source.rank, Release(source_id, None))
+        with self._lock:
+            self._channel.send(source.rank, Release(source_id, None))
 
     # ---- both ----
 
     def progress(self) -> list[Pulled | Released]:
-        """Take in messages, move transfers on, and return what is over."""
+        """What is over since the last call."""
+        with self._lock:
+            if not self.has_thread:
+                self._advance()
+            done, self._done = self._done, []
+            return done
+
+    def advance(self) -> bool:
+        """Take in messages and move transfers on; whether anything is over that waits to be taken."""
+        with self._lock:
+            return self._advance()
+
+    @property
+    def is_moving(self) -> bool:
+        """Whether bytes of this rank are on their way, so that :meth:`advance` is due often."""
+        return bool(self._pulls) or any(offer.transfer for offer in list(self._offers.values()))
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether they are moving right now, so that a sleep would hold them up."""
+        now = time.monotonic()
+        with self._lock:
+            return (any(now < pull.spin_until for pull in self._pulls.values())
+                    or any(offer.transfer is not None and now < offer.spin_until
+                           for offer in self._offers.values()))
+
+    @property
+    def num_open(self) -> int:
+        return len(self._offers) + len(self._pulls) + len(self._done)
+
+    # ---- inside; the lock is held ----
+
+    def _advance(self) -> bool:
         for rank, message in self._channel.poll():
             offer = self._offers.get(message.request_id)
             if offer is None:
@@ -188,35 +234,36 @@ class Transceiver:
             if isinstance(message, PullRequest):
                 offer.transfer = self._transport.send(
                     rank, message.tag, offer.block_ids, offer.num_tokens)
-                self.bytes_sent += self._layout.kv_bytes(offer.num_tokens)
+                offer.spin_until = _spin_until(self._layout.kv_bytes(offer.num_tokens))
             else:
                 offer.release = message
         for request_id, offer in list(self._offers.items()):
-            if offer.release and (offer.transfer is None or offer.transfer.done()):
+            sent = offer.transfer is None or offer.transfer.done()
+            if sent and offer.release is not None:
                 del self._offers[request_id]
                 self._done.append(Released(request_id, offer.release.exchanged))
-            elif offer.transfer is not None:
-                offer.transfer.done()
         for request_id, pull in list(self._pulls.items()):
             if pull.transfer.done():
                 del self._pulls[request_id]
                 self._tags.discard(pull.tag)
-                self.bytes_received += pull.kv_bytes
                 self._channel.send(pull.source, Release(pull.source_id, None))
                 self._done.append(Pulled(request_id, None, pull.abandoned,
                                          time.monotonic() - pull.start, pull.kv_bytes,
                                          pull.kv_bytes, self._transport.name))
-        done, self._done = self._done, []
-        return done
+        return bool(self._done)
 
-    @property
-    def is_moving(self) -> bool:
-        """Whether bytes of this rank are on their way, so that MPI should be called often."""
-        return bool(self._pulls) or any(offer.transfer for offer in self._offers.values())
-
-    @property
-    def num_open(self) -> int:
-        return len(self._offers) + len(self._pulls) + len(self._done)
+    def _exchange(
+        self, source: TransferState, source_id: int, block_ids: Sequence[int]
+    ) -> list[int]:
+        """Take the context's blocks, give reserved ones in return; the blocks taken."""
+        count = min(len(source.block_ids), len(block_ids))
+        needed = self._layout.blocks_for(source.num_tokens)
+        if count < needed:
+            raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")
+        # Whatever the context holds beyond our reservation goes back with the exchange.
+        given = [*block_ids[:count], *source.block_ids[count:]]
+        self._channel.send(source.rank, Release(source_id, given))
+        return source.block_ids[:count]
 
     def _take_tag(self) -> int:
         if len(self._tags) > self._max_tag:
@@ -227,3 +274,7 @@ class Transceiver:
         self._tags.add(tag)
         self._next_tag = (tag + 1) % (self._max_tag + 1)
         return tag
+
+
+def _spin_until(num_bytes: int) -> float:
+    return time.monotonic() + _SPIN_SECONDS + num_bytes / _SPIN_BYTES_PER_S

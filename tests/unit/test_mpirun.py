@@ -1,4 +1,4 @@
-"""The mpirun line, and running it: a shell script stands in for mpirun."""
+"""The mpirun line, and running it: a script stands in for mpirun."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ RUN = """
 import sys
 from disagg_mpi.cli.launch import run_line
 from disagg_mpi.job.mpirun import LaunchLine
-sys.exit(run_line(LaunchLine(("sh", "-c", sys.argv[1]), {"ADDED": "yes"})))
+sys.exit(run_line(LaunchLine(tuple(sys.argv[1:]), {"ADDED": "yes"})))
 """
 
 
@@ -176,37 +176,46 @@ def root() -> Path:
     return Path(__file__).parents[2]
 
 
-def start(root: Path, script: str) -> subprocess.Popen[str]:
-    return subprocess.Popen([sys.executable, "-c", RUN, script], cwd=root, text=True,
+def start(root: Path, *argv: str) -> subprocess.Popen[str]:
+    return subprocess.Popen([sys.executable, "-c", RUN, *argv], cwd=root, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.mark.parametrize(("script", "code"), [
     ("exit 0", 0), ("exit 3", 3), ("kill -KILL $$", 137), ('test "$ADDED" = yes', 0)])
 def test_the_exit_code_is_passed_on(root: Path, script: str, code: int) -> None:
-    process = start(root, script)
+    process = start(root, "sh", "-c", script)
     process.communicate(timeout=20)
     assert process.returncode == code
 
 
 def test_a_program_that_is_not_there(root: Path) -> None:
-    script = RUN.replace('("sh", "-c", sys.argv[1])', '("/no/such/mpirun",)')
-    done = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True,
-                          timeout=20, check=False)
-    assert done.returncode == 2
-    assert "cannot start /no/such/mpirun" in done.stderr
+    process = start(root, "/no/such/mpirun")
+    _, stderr = process.communicate(timeout=20)
+    assert process.returncode == 2
+    assert "cannot start /no/such/mpirun" in stderr
+
+
+# Blocked from the start and then waited for: a signal that comes early is not lost.
+MPIRUN = """
+import os, signal, subprocess, sys
+numbers = {signal.SIGINT, signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+rank = subprocess.Popen(["sleep", "60"])
+print(rank.pid, os.getpid(), flush=True)
+number = signal.sigwait(numbers)
+rank.kill()
+sys.exit(5 if number == signal.SIGINT else 6)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs prctl")
 class TestSignals:
-    """A shell that starts a sleeping child stands in for mpirun and a rank."""
-
-    SCRIPT = ("trap 'kill $!; exit 5' INT; trap 'kill $!; exit 6' TERM; "
-              "sleep 60 & echo $! $$; wait")
+    """A script that starts a sleeping child stands in for mpirun and a rank."""
 
     @pytest.fixture
     def job(self, root: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
-        process = start(root, self.SCRIPT)
+        process = start(root, sys.executable, "-c", MPIRUN)
         assert process.stdout is not None
         rank, mpirun = map(int, process.stdout.readline().split())
         yield process, rank, mpirun

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 
-from disagg_mpi.comm.environment import launcher_context
+from disagg_mpi.comm import environment
 from disagg_mpi.errors import WorldTooSmallError
 from disagg_mpi.job import guards
 
@@ -21,7 +21,8 @@ how = sys.argv[1]
 victim = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 
 guards.before_mpi()
-if how == "before-mpi" and launcher_context().rank == victim:
+environment.apply()
+if how == "before-mpi" and guards.launcher_rank() == victim:
     raise ValueError("raised on purpose")
 
 from mpi4py import MPI  # noqa: E402  (the guards come first)
@@ -68,7 +69,7 @@ elif rank == victim:
     if how == "raise":
         raise ValueError("raised on purpose")
     if how == "exit":
-        raise SystemExit(3)
+        sys.exit(3)
     if how == "fatal":
         try:
             raise ValueError("raised on purpose")
@@ -78,4 +79,5 @@ elif rank == victim:
         # Rank 0 as it is under launch: it runs Python code and sees signals at once.
         while True:
             time.sleep(0.01)
+    # "none" does not fail at all: somebody else will see to that.
 world.Recv(bytearray(1), source=MPI.ANY_SOURCE, tag=99)

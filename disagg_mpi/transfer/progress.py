@@ -1,0 +1,52 @@
+"""A thread that keeps hand-overs moving while the engine computes.
+
+MPI moves bytes only while both sides call it, and a forward of a long chunk takes half a second on a CPU,
+so where KV-cache travels by MPI messages each engine rank has this thread: it answers pull requests and
+moves transfers on, and wakes the engine's thread when something is over. torch releases the GIL in its
+kernels. It needs MPI_THREAD_MULTIPLE, and sleeps on a bell of its own; where all hand-overs exchange blocks
+in one pool there is nothing to move and no thread.
+
+Started by the job when the engine is built, stopped by it before the communicators are freed. An
+exception in it ends the job, as one in any rank does.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from disagg_mpi.comm.waiting import Doorbell, Waiter
+from disagg_mpi.transfer.transceiver import Transceiver
+
+
+class ProgressThread:
+    """Runs ``transceiver.advance`` until stopped; ``wake`` is called when something is over."""
+
+    def __init__(
+        self, transceiver: Transceiver, doorbell: Doorbell, wake: Callable[[], None]
+    ) -> None:
+        self._transceiver = transceiver
+        self._doorbell = doorbell
+        self._wake = wake
+        self._stopping = False
+        transceiver.has_thread = True
+        self._thread = threading.Thread(target=self._run, name="disagg_mpi-handover", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; hand-overs no longer move."""
+        self._stopping = True
+        self._doorbell.ring_self()
+        self._thread.join(timeout=5.0)
+
+    def _run(self) -> None:
+        waiter = Waiter(self._doorbell)
+        was_over = False
+        while not self._stopping:
+            is_over = self._transceiver.advance()
+            if is_over and not was_over:
+                self._wake()
+                waiter.worked()
+            was_over = is_over
+            waiter.idle(urgent=self._transceiver.is_urgent,
+                        transferring=self._transceiver.is_moving)
