@@ -289,6 +289,7 @@ def _abort(code: int) -> NoReturn:
     with contextlib.suppress(Exception):
         sys.stdout.flush()
         sys.stderr.flush()
+        unlink_shared_segments()  # the warm-up may be still to come
     time.sleep(_DRAIN_SECONDS)
     if _is_mpi_running():
         sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
@@ -398,7 +399,8 @@ def unlink_shared_segments() -> list[str]:
 
     Call it on every rank after the warm-up barrier, when every pair has been in contact and every
     shared window exists. The mappings stay, transfers and the clean end need no names, and a job
-    that is killed leaves nothing in /dev/shm. What is mapped here is this job's for certain.
+    that is killed leaves nothing in /dev/shm (one killed before this does, within MPI_Init above
+    all). What is mapped here is this job's for certain.
     """
     if sys.platform != "linux":
         return []

@@ -39,7 +39,8 @@ class SharedPool:
         own = num_bytes if host_comm.rank == 0 else 0
         self._window = MPI.Win.Allocate_shared(own, 1, comm=host_comm)
         buffer, _ = self._window.Shared_query(0)
-        self.pool: Pool = np.frombuffer(buffer, dtype=np.uint8)  # type: ignore[call-overload][:num_bytes]
+        whole: Pool = np.frombuffer(buffer, dtype=np.uint8)  # type: ignore[call-overload]
+        self.pool = whole[:num_bytes]
 
     def close(self) -> None:
         self._window.Free()
