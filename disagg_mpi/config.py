@@ -10,15 +10,16 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 import msgspec
 
 from disagg_mpi.errors import ConfigError
 
 DType = Literal["fp32", "bf16"]
-T = TypeVar("T")
+EngineName = Literal["torch", "null"]
 TransportName = Literal["auto", "shared", "mpi"]
+T = TypeVar("T")
 
 # Block size. On CPU a request's blocks mostly lie together, so attention does not care; the hand-over
 # sends one piece for each run of blocks, layer and K or V. 32 keeps the waste of a half-filled last
@@ -56,7 +57,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     generation: int | tuple[Instance, ...] = 1
     aggregated: int | tuple[Instance, ...] = 0
     """Instances that do both phases; excludes ``context`` and ``generation``."""
-    engine: Literal["torch", "null"] = "torch"
+    engine: EngineName = "torch"
     """``null`` computes nothing: it measures everything around the engine."""
     dtype: DType = "fp32"
     kv_dtype: DType | None = None
@@ -75,17 +76,29 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Seconds within which every rank must be ready."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "tokens_per_block", "kv_tokens", "max_batch_size", "max_num_tokens", "start_timeout"
-        ):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be positive")
+        # Keywords from Python come here unchecked, so types are looked at as well.
+        for name in ("tokens_per_block", "kv_tokens", "max_batch_size", "max_num_tokens"):
+            value = getattr(self, name)
+            if type(value) is not int or value <= 0:
+                raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if not self.start_timeout > 0:
+            raise ConfigError(f"start_timeout is {self.start_timeout}; it must be positive")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
+        for name, kind in (("engine", EngineName), ("dtype", DType), ("transport", TransportName),
+                           ("kv_dtype", DType)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in known and not (name == "kv_dtype" and value is None):
+                raise ConfigError(f"{name} is {value!r}; known are {', '.join(known)}")
         for name in ("context", "generation", "aggregated"):
             value = getattr(self, name)
-            if isinstance(value, int) and value < 0:
-                raise ConfigError(f"{name} is {value}; it is a number of instances, 0 or more")
+            if isinstance(value, int):
+                if isinstance(value, bool) or value < 0:
+                    raise ConfigError(f"{name} is {value}; it is a number of instances, 0 or more")
+            elif isinstance(value, str) or not isinstance(value, Sequence) or not all(
+                    isinstance(instance, Instance) for instance in value):
+                raise ConfigError(f"{name} is {value!r}; it is a number of instances, or a sequence "
+                                  "of Instance")
             for instance in self.instances(name):
                 if instance.tp < 1 or instance.pp < 1:
                     raise ConfigError(f"{name} names an instance with tp={instance.tp} "
@@ -124,10 +137,17 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 def convert(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """``data`` as a ``kind``; a :class:`ConfigError` that names ``where`` for anything off."""
     try:
-        return msgspec.convert(dict(data), kind)
+        return msgspec.convert(dict(data), kind, dec_hook=_path_of)
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(kind))  # type: ignore[arg-type]
         raise ConfigError(f"{where}: {error}. Known keys: {known}") from None
+
+
+def _path_of(kind: type, value: Any) -> Any:
+    """The one type beyond msgspec's own that options have: a path, given as text in a file."""
+    if kind is Path and isinstance(value, (str, Path)):
+        return Path(value)
+    raise ValueError(f"Expected `{kind.__name__}`, got `{type(value).__name__}`")
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ An executor gets an :class:`ExecutorRequest` (one sequence, token ids only) and 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from enum import StrEnum
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from disagg_mpi.errors import ConfigError
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 MAX_LOGPROBS = 20
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class SamplingParams(
@@ -60,6 +62,19 @@ class SamplingParams(
             if not good:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {what}")
 
+        # Keywords from Python come here unchecked; a wrong type must not get as far as a message.
+        for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs"):
+            value = getattr(self, name)
+            need(type(value) is int or (value is None and name in ("seed", "logprobs")), name,
+                 "a whole number")
+        for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty",
+                     "frequency_penalty"):
+            need(type(getattr(self, name)) in (float, int), name, "a number")
+        need(isinstance(self.stop, (tuple, list)) and all(map(_is_text, self.stop)), "stop",
+             "a tuple of texts that are not empty")
+        need(isinstance(self.stop_token_ids, (tuple, list))
+             and all(type(token) is int for token in self.stop_token_ids), "stop_token_ids",
+             "a tuple of token ids")
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
         need(0.0 <= self.temperature < 1e6, "temperature", "0 (greedy) or a positive number")
@@ -68,7 +83,6 @@ class SamplingParams(
         need(0.0 < self.repetition_penalty < 1e6, "repetition_penalty", "a positive number")
         for name in ("presence_penalty", "frequency_penalty"):
             need(-1e6 < getattr(self, name) < 1e6, name, "a number")
-        need(all(self.stop), "stop", "texts that are not empty")
         need(self.seed is None or 0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
         need(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs",
              f"between 0 and {MAX_LOGPROBS}")
@@ -78,6 +92,11 @@ class SamplingParams(
     def has_penalties(self) -> bool:
         return (self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
                 or self.frequency_penalty != 0.0)
+
+
+def _is_text(value: object) -> bool:
+    """A text that is not empty and can be sent (UTF-8 knows no lone surrogates)."""
+    return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -99,7 +118,7 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         if len(given) != 1:
             raise ConfigError("a request needs exactly one of prompt, prompt_token_ids, messages; "
                               f"found {' and '.join(given) or 'none'}")
-        if self.deadline is not None and self.deadline <= 0:
+        if self.deadline is not None and not self.deadline > 0:
             raise ConfigError(f"deadline is {self.deadline}; it must be positive seconds")
 
 

@@ -14,8 +14,6 @@ import msgspec
 
 from disagg_mpi.comm import environment
 from disagg_mpi.diagnostics import (
-    GIB,
-    MIB,
     SLOW_RATIO,
     DoctorReport,
     Finding,
@@ -91,11 +89,11 @@ def _machine_rows(machine: MachineReport) -> Iterator[tuple[str, str]]:
     sharing = "share them" if machine.cores < 3 else "have one each"
     yield "cores", f"{machine.cores}; 3 ranks {sharing}"
     if machine.memory_total is not None and machine.memory_available is not None:
-        yield "memory", (f"{machine.memory_available / GIB:.1f} GiB free of "
-                         f"{machine.memory_total / GIB:.1f} GiB")
+        yield "memory", (f"{machine.memory_available / 2**30:.1f} GiB free of "
+                         f"{machine.memory_total / 2**30:.1f} GiB")
     memory = machine.shared_memory
     if memory is not None:
-        yield "/dev/shm", f"{memory.free // MIB} MiB free of {memory.total // MIB} MiB"
+        yield "/dev/shm", f"{memory.free // 2**20} MiB free of {memory.total // 2**20} MiB"
     yield "GPUs", ", ".join(machine.gpus) or "none"
     yield "started by", _launcher_text(machine)
     yield "we set", " ".join(f"{k}={v}" for k, v in machine.settings.items()) or "nothing"
@@ -125,6 +123,22 @@ def _job_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
     yield "a rank dies", _survival_text(report)
     for host, rate in report.memcpy_gbps.items():
         yield "memcpy", f"{rate:.1f} GB/s on {host}"
+    if report.idle is not None:
+        yield "idle rank", (f"{report.idle.cpu_share:.1%} of a core, ".replace("%", " %")
+                            + f"woken after {report.idle.wake_us / 1000:.1f} ms")
+    yield from _handover_rows(report)
+
+
+def _handover_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
+    """How KV-cache would pass between two of these ranks, unless --transport says otherwise."""
+    name = "hand-over"
+    for host, ranks in report.hosts.items():
+        if len(ranks) > 1:
+            yield name, (f"{_ranges(ranks)} on {host}: one shared pool, "
+                         "the block table moves, the bytes stay")
+            name = ""
+    if len(report.hosts) > 1:
+        yield name, "between hosts: MPI messages, one a request"
 
 
 def _survival_text(report: DoctorReport) -> str:

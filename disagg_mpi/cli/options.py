@@ -99,7 +99,9 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
 
     ``options``: a command's keyword arguments; those that are ``None`` or empty were not given.
     """
-    given = {key: value for key, value in options.items() if value not in (None, (), False)}
+    # By identity: 0 is a value (--seed 0, --temperature 0), though it equals False.
+    given = {key: value for key, value in options.items()
+             if value is not None and value is not False and value != ()}
     file = given.pop("config_file", None)
     where = str(file) if file is not None else "options"
     tables = read_toml(file) if file is not None else {}
@@ -108,7 +110,7 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
     job_names = {field.name for field in msgspec.structs.fields(JobConfig)}
     sampling_names = {field.name for field in msgspec.structs.fields(SamplingParams)}
     job = dict(tables)
-    if "aggregated" in given:
+    if given.get("aggregated"):
         # Asking for the baseline on the command line outweighs a file's split.
         job.pop("context", None)
         job.pop("generation", None)
@@ -124,6 +126,9 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
             sampling[key] = value
         else:
             run[key] = value
+    split = [name for name in ("context", "generation") if name in job]
+    if job.get("aggregated") and split:
+        raise ConfigError(f"{where}: aggregated and {split[0]} exclude each other")
     return Settings(convert(job, JobConfig, where), convert(sampling, SamplingParams, f"{where} [sampling]"),
                     run)
 

@@ -100,6 +100,11 @@ def _check(options: RunOptions) -> None:
                           + (", not both" if options.prompt else ""))
     if (options.input is None) != (options.output is None):
         raise ConfigError("--input and --output go together")
+    if options.input is not None and options.output is not None and options.output.exists() \
+            and options.output.samefile(options.input):
+        raise ConfigError("--input and --output are the same file")
+    if options.deadline is not None and not options.deadline > 0:
+        raise ConfigError(f"deadline is {options.deadline}; it must be positive seconds")
     if options.chat and options.input is not None:
         raise ConfigError('--chat is for --prompt; in a file give "messages"')
     if any(not prompt for prompt in options.prompt):
@@ -110,7 +115,7 @@ def _answer(
     orchestrator: Orchestrator, settings: Settings, options: RunOptions, output: ResultFile | None
 ) -> int:
     if output is not None and options.input is not None:
-        return _answer_file(orchestrator, settings, options.input, output, options.quiet)
+        return _answer_file(orchestrator, settings, options, output)
     requests = list(_requests(options, settings))
     from disagg_mpi.frontend.console import run_prompts, run_prompts_as_data
 
@@ -132,15 +137,19 @@ def _requests(options: RunOptions, settings: Settings) -> Sequence[Request]:
 
 
 def _answer_file(
-    orchestrator: Orchestrator, settings: Settings, path: Path, output: ResultFile, quiet: bool
+    orchestrator: Orchestrator, settings: Settings, options: RunOptions, output: ResultFile
 ) -> int:
     from disagg_mpi.frontend.batch import run_batch
+
+    quiet = options.quiet
+    assert options.input is not None
 
     if output.done and not quiet:
         _tell(f"{len(output.done)} results are in {output.path} already and are kept")
     start = time.monotonic()
     try:
-        summary = run_batch(orchestrator, path, output, settings.sampling, progress=not quiet)
+        summary = run_batch(orchestrator, options.input, output, settings.sampling,
+                            progress=not quiet, deadline=options.deadline)
     except KeyboardInterrupt:
         _tell(f"\ninterrupted; what has finished is in {output.path}, "
               "the same command goes on from there")

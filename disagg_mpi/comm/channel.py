@@ -61,6 +61,11 @@ class MpiChannel:
 
     def poll(self) -> list[tuple[int, Any]]:
         self._reap()
+        # Twice: Improbe looks first and takes in afterwards, so the second finds what came during a sleep.
+        # With one, a rank that nobody can ring slept once more: 1.7 ms to wake instead of 0.4.
+        return self._take() or self._take()
+
+    def _take(self) -> list[tuple[int, Any]]:
         received: list[tuple[int, Any]] = []
         while True:
             message = self._comm.Improbe(self._mpi.ANY_SOURCE, CONTROL_TAG, self._status)
@@ -89,7 +94,7 @@ class MpiChannel:
 
 
 class MemoryNetwork:
-    """Channels between the ranks of a pretended world, in one process and one thread."""
+    """Channels between the ranks of a pretended world, in one process; ranks may be threads."""
 
     def __init__(self) -> None:
         self._boxes: dict[int, deque[tuple[int, bytes]]] = {}
@@ -107,8 +112,10 @@ class MemoryNetwork:
 
     def take(self, rank: int) -> list[tuple[int, Any]]:
         box = self._boxes[rank]
-        taken = [(source, decode(data)) for source, data in box]
-        box.clear()
+        taken = []
+        while box:
+            source, data = box.popleft()
+            taken.append((source, decode(data)))
         return taken
 
 

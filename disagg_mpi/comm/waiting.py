@@ -3,7 +3,7 @@
 Ranks share cores, so an idle rank must cost almost nothing and still wake at once. MPI offers either a
 spin or a sleep; between ranks of one host there is something better: a *doorbell*, an abstract UNIX
 datagram socket named after the job and the rank. Who sends a control message to a rank of its own host
-rings the bell (one byte, 3 µs); who has nothing to do sleeps in ``poll`` on its bell. MPI still carries
+rings the bell (one byte, 3 µs); who has nothing to do sleeps in ``select`` on its bell. MPI still carries
 every message: the bell only ends a sleep early, so a lost ring costs time, never a message.
 
 Ranks on other hosts cannot ring, so a rank that has any such peer wakes by itself every millisecond.
@@ -27,6 +27,7 @@ RINGABLE_SLEEP = 0.05
 # Longest sleep when some peer is on another host: 1000 wake-ups a second, about 2 % of a core.
 POLLING_SLEEP = 0.001
 # Sleep while a transfer or a send is open: only MPI knows when it ends, so it must be called often.
+# 7000 rounds a second, 14 % of a core, and 0.5 GB/s between two ranks that both sleep so (1 ms: 2 %, 0.06).
 ACTIVE_SLEEP = 0.00005
 
 
@@ -46,8 +47,6 @@ class Doorbell:
             self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
             self._socket.setblocking(False)
             self._socket.bind(_name(job_id, rank))
-            self._poller = select.poll()
-            self._poller.register(self._socket, select.POLLIN)
             self.can_all_ring = all_local
         self._own = rank
 
@@ -67,7 +66,8 @@ class Doorbell:
         if self._socket is None:
             time.sleep(min(timeout, POLLING_SLEEP))
             return False
-        if not self._poller.poll(timeout * 1000):
+        # Not select.poll(): it counts in milliseconds and rounds up, so that 50 µs became 1.1 ms.
+        if not select.select([self._socket], [], [], max(timeout, 0.0))[0]:
             return False
         with contextlib.suppress(OSError):
             while True:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from disagg_mpi.errors import ModelError
 from disagg_mpi.transfer.layout import KvLayout
 
 NAME = "disagg_mpi_paged"
@@ -94,12 +95,16 @@ def paged_attention(
     *,
     paged: StepLayout,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **_unused: Any,
 ) -> tuple[torch.Tensor, None]:
     """Write K and V ``[1, kv_heads, tokens, head_dim]`` to the pool, and attend.
 
     Returns ``[1, tokens, heads, head_dim]``, as transformers' own attention functions do.
     """
+    if softcap is not None or s_aux is not None:
+        raise ModelError("softcapped logits and attention sinks are beyond the paged attention")
     layer: int = module.layer_idx  # type: ignore[assignment]
     keys, values = paged.pool.keys[layer], paged.pool.values[layer]
     keys.index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
@@ -132,7 +137,6 @@ def _attend(
     kv_heads = key.shape[1]
     group = heads // kv_heads
     if length == 1:
-        mask = None
         if window is not None and part.kv_end > window:
             key, value = key[:, :, -window:], value[:, :, -window:]
         folded = query.view(1, kv_heads, group, head_dim)

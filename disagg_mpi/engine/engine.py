@@ -8,6 +8,7 @@ an abandoned pull (freed when its last byte has arrived).
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence as Seq
 from typing import Protocol
@@ -20,7 +21,7 @@ from disagg_mpi.engine.sampler import Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
 from disagg_mpi.engine.sequence import Sequence, Status
 from disagg_mpi.errors import RequestError
-from disagg_mpi.request import FinishReason
+from disagg_mpi.request import ContextPhaseParams, FinishReason
 from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
 
 
@@ -87,7 +88,8 @@ class Engine:
         self._scheduler.add(sequence)
 
     def __contains__(self, request_id: int) -> bool:
-        return request_id in self._scheduler or request_id in self._leaving
+        return (request_id in self._scheduler or request_id in self._leaving
+                or self._transceiver.has_offer(request_id))
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence is over: forget it, free its blocks."""
@@ -109,14 +111,20 @@ class Engine:
         if sequence.status is Status.HANDOVER and self._transceiver.abandon(request_id):
             self._leaving[request_id] = dropped
             return
-        if sequence.is_generation_only and sequence.status is Status.WAITING:
-            self._refuse(sequence)
+        params = sequence.request.context_phase_params
+        if params is not None and sequence.status is Status.WAITING:
+            self.refuse(params)
         self.finish(sequence)
         self._dropped.append(dropped)
 
     def drop_offer(self, request_id: int) -> None:
         """Free the blocks of a context that nobody will pull."""
         self._transceiver.drop(request_id)
+
+    def refuse(self, params: ContextPhaseParams) -> None:
+        """Tell the context's instance that nothing will be pulled, so that it frees the blocks."""
+        with contextlib.suppress(msgspec.MsgspecError):  # a state that names no instance
+            self._transceiver.refuse(params.req_id, params.opaque_state)
 
     # ---- the step ----
 
@@ -217,15 +225,10 @@ class Engine:
         try:
             self._transceiver.pull(
                 sequence.id, params.req_id, params.opaque_state, sequence.block_ids)
-        except RequestError as error:
-            self._refuse(sequence)
+        except (RequestError, msgspec.MsgspecError) as error:
+            self.refuse(params)
             self.finish(sequence)
-            self._dropped.append(Dropped(sequence, "error", str(error)))
-
-    def _refuse(self, sequence: Sequence) -> None:
-        params = sequence.request.context_phase_params
-        assert params is not None
-        self._transceiver.refuse(params.req_id, params.opaque_state)
+            self._dropped.append(Dropped(sequence, "error", f"the hand-over failed: {error}"))
 
     def _pulled(self, event: Pulled) -> None:
         sequence = self._scheduler.get(event.request_id)
@@ -233,9 +236,10 @@ class Engine:
         if event.taken is not None:
             self._blocks.exchange(sequence.id, event.taken)
             sequence.block_ids = self._blocks.table(sequence.id)
-        if event.abandoned:
+        left = self._leaving.pop(sequence.id, None)
+        if left is not None:  # given up on the way, or when the last byte had just arrived
             self.finish(sequence)
-            self._dropped.append(self._leaving.pop(sequence.id))
+            self._dropped.append(left)
             return
         sequence.timing.handover = event.seconds
         sequence.timing.handover_bytes = event.bytes_moved

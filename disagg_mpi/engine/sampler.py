@@ -94,7 +94,8 @@ def _is_special(sequence: Sequence) -> bool:
 def _draw(row: torch.Tensor, sequence: Sequence) -> int:
     """Inverse of the cumulated distribution in float64, so that rounding hardly ever decides."""
     params = sequence.sampling
-    scaled = row.double() / params.temperature
+    # The largest is 0 before the division: no temperature is small enough to overflow.
+    scaled = (row.double() - row.max()) / params.temperature
     if 0 < params.top_k < len(scaled):
         scaled[scaled < scaled.topk(params.top_k).values[-1]] = -torch.inf
     probabilities = torch.softmax(scaled, dim=-1)

@@ -25,6 +25,7 @@ from disagg_mpi.model.checkpoint import weight_files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _UNSUPPORTED = {
     "attn_logit_softcapping": "softcapped attention logits",
+    "attention_chunk_size": "chunked attention",
 }
 
 

@@ -101,6 +101,9 @@ class BuiltinExecutor(Executor):
 
     def _enqueue(self, request: ExecutorRequest) -> None:
         problem = problem_with(request, self.limits)
+        params = request.context_phase_params
+        if problem is not None and params is not None:
+            self._engine.refuse(params)
         if problem is None and request.request_id in self._engine:
             problem = f"request id {request.request_id} is in use"
         if problem is not None:
@@ -112,8 +115,8 @@ class BuiltinExecutor(Executor):
                 request.sampling, seed=random.getrandbits(62)))
         text = TextOutput(self._make_decoder() if self._make_decoder else None,
                           request.sampling.stop)
-        if request.context_phase_params is not None:
-            text.push(request.context_phase_params.first_gen_tokens)
+        if params is not None:
+            text.push(params.first_gen_tokens)
         self._texts[request.request_id] = text
         self._engine.add(Sequence(request))
 

@@ -87,6 +87,8 @@ class NullExecutor(Executor):
 
     def _enqueue(self, request: ExecutorRequest) -> None:
         problem = problem_with(request, self.limits)
+        if request.request_id in self._active:
+            problem = f"request id {request.request_id} is in use"
         if problem is not None:
             self._respond(Response(request_id=request.request_id, is_final=True,
                                    finish_reason="error", error=problem))

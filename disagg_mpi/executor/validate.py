@@ -16,9 +16,10 @@ def problem_with(request: ExecutorRequest, limits: ExecutorLimits) -> str | None
     """Why ``request`` can never be served here, in words for its user; ``None`` if it can."""
     prompt, params = request.prompt_token_ids, request.sampling
     length = len(prompt)
+    first = request.context_phase_params.first_gen_tokens if request.context_phase_params else ()
     if not prompt:
         return "the prompt is empty; at least one token is needed"
-    bad = next((token for token in (*prompt, *params.stop_token_ids)
+    bad = next((token for token in (*prompt, *params.stop_token_ids, *first)
                 if not 0 <= token < limits.vocab_size), None)
     if bad is not None:
         return f"token id {bad} is outside the model's vocabulary of {limits.vocab_size}"
@@ -36,6 +37,11 @@ def problem_with(request: ExecutorRequest, limits: ExecutorLimits) -> str | None
     if params.temperature and params.seed is None and request.type is not (
             RequestType.CONTEXT_AND_GENERATION):
         return "a sampled request whose phases are split needs a seed, so that both draw alike"
-    if request.type is RequestType.GENERATION_ONLY and request.context_phase_params is None:
-        return "a GENERATION_ONLY request needs the context_phase_params of its context phase"
+    if request.type is RequestType.GENERATION_ONLY:
+        context = request.context_phase_params
+        if context is None:
+            return "a GENERATION_ONLY request needs the context_phase_params of its context phase"
+        if not 1 <= len(context.first_gen_tokens) < params.max_tokens:
+            return (f"context_phase_params holds {len(context.first_gen_tokens)} first tokens; at "
+                    f"least 1 is needed, and fewer than max_tokens {params.max_tokens}")
     return None

@@ -33,15 +33,20 @@ def run_batch(
     defaults: SamplingParams,
     *,
     progress: bool,
+    deadline: float | None = None,
 ) -> BatchSummary:
-    """Answer every line of ``input_path`` that ``output`` does not hold yet."""
+    """Answer every line of ``input_path`` that ``output`` does not hold yet.
+
+    ``defaults`` and ``deadline`` (seconds) are for lines that have none of their own.
+    """
     from tqdm import tqdm
 
     summary = BatchSummary()
     total = count_lines(input_path)
     with tqdm(total=total, unit="request", disable=not progress, file=sys.stderr,
               dynamic_ncols=True, smoothing=0.1) as bar:
-        for line, handle in _finished(orchestrator, input_path, output, defaults, summary):
+        lines = read_requests(input_path, defaults, deadline)
+        for line, handle in _finished(orchestrator, lines, output, summary):
             if handle is None:
                 data = {"id": line.id, "line": line.number, "error": line.error}
             else:
@@ -66,13 +71,11 @@ def run_batch(
 
 def _finished(
     orchestrator: Orchestrator,
-    path: Path,
+    lines: Iterator[InputLine],
     output: ResultFile,
-    defaults: SamplingParams,
     summary: BatchSummary,
 ) -> Iterator[tuple[InputLine, RequestHandle | None]]:
     """Lines with their handles as they finish; without one where the line is no request."""
-    lines = read_requests(path, defaults)
     done: queue.SimpleQueue[tuple[InputLine, RequestHandle]] = queue.SimpleQueue()
     room = 4 * orchestrator.capacity
     num_open, more = 0, True

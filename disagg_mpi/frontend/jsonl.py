@@ -7,6 +7,7 @@ or ``{"id", "error"}``. A line that is no request gives an error result with its
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
@@ -32,14 +33,16 @@ class InputLine(msgspec.Struct, frozen=True):
     error: str | None = None
 
 
-def read_requests(path: Path, defaults: SamplingParams) -> Iterator[InputLine]:
+def read_requests(
+    path: Path, defaults: SamplingParams, deadline: float | None = None
+) -> Iterator[InputLine]:
     """The lines of ``path`` that are not blank. Raises :class:`InputError` if it cannot be read."""
     seen: dict[str, int] = {}
     try:
         with open(path, "rb") as file:
             for number, raw in enumerate(file, start=1):
                 if raw.strip():
-                    yield _unique(parse_line(raw, number, defaults), seen)
+                    yield _unique(parse_line(raw, number, defaults, deadline), seen)
     except OSError as error:
         raise InputError(f"cannot read the input {path}: {error.strerror}") from None
 
@@ -54,10 +57,14 @@ def count_lines(path: Path) -> int:
                          'lines such as {"id": "1", "prompt": "Machine learning is"}') from None
 
 
-def parse_line(raw: bytes, number: int, defaults: SamplingParams) -> InputLine:
-    """One line; what it lacks is taken from ``defaults``, and its number where it has no id."""
+def parse_line(
+    raw: bytes, number: int, defaults: SamplingParams, deadline: float | None = None
+) -> InputLine:
+    """One line; what it lacks is taken from the defaults, and its number where it has no id."""
     try:
         data = json.loads(raw)
+        if b"\\u" in raw:
+            json.dumps(data, ensure_ascii=False).encode()  # no lone surrogates: no file can hold them
     except (ValueError, RecursionError) as error:
         return InputLine(number, str(number), None, f"not valid JSON: {error}")
     if not isinstance(data, dict):
@@ -65,7 +72,7 @@ def parse_line(raw: bytes, number: int, defaults: SamplingParams) -> InputLine:
     name = data.pop("id", None)
     name = str(number) if name is None else str(name)
     try:
-        return InputLine(number, name, _request_of(data, name, defaults))
+        return InputLine(number, name, _request_of({"deadline": deadline, **data}, name, defaults))
     except ConfigError as error:
         return InputLine(number, name, None, str(error))
 
@@ -92,7 +99,8 @@ def _unique(line: InputLine, seen: dict[str, int]) -> InputLine:
 
 
 def _kind(value: object) -> str:
-    return {list: "an array", str: "a string", type(None): "null"}.get(type(value), "a number")
+    return {list: "an array", str: "a string", type(None): "null",
+            bool: "a boolean"}.get(type(value), "a number")
 
 
 def result_data(result: Result) -> dict[str, Any]:
@@ -146,6 +154,8 @@ class ResultFile:
             self._file.write(json.dumps(data, ensure_ascii=False) + "\n")
             self._file.flush()
         except OSError as error:
+            with contextlib.suppress(OSError):  # it would try to write the rest
+                self._file.close()
             raise InputError(
                 f"cannot write to {self.path}: {error.strerror}; the results before this one are in "
                 "it, and the same command goes on from there") from None
@@ -157,17 +167,23 @@ class ResultFile:
             raise InputError(f"cannot write to {self.path}: {error.strerror}") from None
 
     def _keep_finished(self) -> None:
-        if not self.path.exists():
+        if not self.path.is_file():  # a device or a pipe holds nothing of an earlier run
             return
         kept = []
         with open(self.path, "rb") as file:
             lines = file.readlines()
-        for raw in lines:
+        for number, raw in enumerate(lines, start=1):
             try:
                 data = json.loads(raw)
             except ValueError:
-                continue
-            if raw.endswith(b"\n") and isinstance(data, dict) and "error" not in data and "id" in data:
+                data = None
+            if not raw.endswith(b"\n") and raw.startswith(b"{"):
+                continue  # cut off
+            if not isinstance(data, dict) or "id" not in data:
+                raise InputError(
+                    f"{self.path}, line {number}, is no result of an earlier run, and would be "
+                    "lost; give --output another file")
+            if "error" not in data:
                 self.done.add(str(data["id"]))
                 kept.append(raw)
         if len(kept) != len(lines):

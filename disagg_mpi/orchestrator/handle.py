@@ -7,6 +7,7 @@ can be read once, by a plain ``for`` or by an ``async for``; the result any numb
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import queue
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
@@ -38,6 +39,8 @@ class RequestHandle:
         self._open = request.sampling.n
         self._cancel = cancel
         self._future: Future[Result] = Future()
+        # "Running" cannot be cancelled: a task that stops waiting leaves the result to the others.
+        self._future.set_running_or_notify_cancel()
         self._loop = loop
         self._sync: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._async: asyncio.Queue[_Event] = asyncio.Queue()
@@ -60,13 +63,20 @@ class RequestHandle:
         self._future.add_done_callback(lambda _: function(self))
 
     def __iter__(self) -> Iterator[TokenEvent]:
+        if self._loop is not None:
+            raise RuntimeError("this handle was made for asyncio: read it with `async for`")
         while (event := self._sync.get()) is not None:
             yield event
+        self._sync.put(None)  # for whoever reads again
         self.result()  # raises if the job failed
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
+        if self._loop is None:
+            raise RuntimeError("this handle was not made for asyncio: call stream() in the loop, "
+                               "or give submit() its loop")
         while (event := await self._async.get()) is not None:
             yield event
+        self._async.put_nowait(None)  # for whoever reads again
         self.result(0)
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -111,5 +121,6 @@ class RequestHandle:
     def _push(self, event: _Event) -> None:
         if self._loop is None:
             self._sync.put(event)
-        elif not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(self._async.put_nowait, event)
+        else:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
+                self._loop.call_soon_threadsafe(self._async.put_nowait, event)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import operator
 import queue
 import random
 import threading
@@ -63,6 +64,7 @@ class Orchestrator:
         self._failure: BaseException | None = None
         self._closing = False
         self._stopped = False
+        self._ended = False
         self._pump = threading.Thread(target=self._run, name="disagg_mpi-pump", daemon=True)
         self._pump.start()
 
@@ -99,7 +101,11 @@ class Orchestrator:
             Entry(ExecutorRequest(request_id=request_id, prompt_token_ids=tokens, sampling=params,
                                   sequence_index=index), handle, deadline)
             for index, request_id in enumerate(ids)]
-        self._command(lambda: self._submit(handle, entries))
+        self._handles[handle.request_id] = handle
+        handle.add_done_callback(self._forget)
+        self._command(lambda: self._submit(entries))
+        if self._ended:  # the pump may have ended since the look above
+            self._fail_open()
         return handle
 
     def generate(
@@ -189,7 +195,11 @@ class Orchestrator:
 
         self._command(ask)
         end = time.monotonic() + timeout
-        problems = [f"orchestrator: {problem}" for problem in ledger.get(timeout=timeout)]
+        try:
+            problems = [f"orchestrator: {problem}" for problem in ledger.get(timeout=timeout)]
+        except queue.Empty:
+            raise JobFailed(f"the orchestrator did not answer within {timeout:g} s; "
+                            f"{self._failure or 'it has ended'}") from self._failure
         for answered in range(len(self._leaders)):
             try:
                 report = reports.get(timeout=max(0.0, end - time.monotonic()))
@@ -239,9 +249,18 @@ class Orchestrator:
             self._channel.flush(timeout=2.0)
         except BaseException as error:
             self._failure = error
-            for handle in list(self._handles.values()):
-                handle.fail(JobFailed(f"{type(error).__name__}: {error}"))
             raise
+        finally:
+            self._ended = True
+            self._fail_open()
+
+    def _fail_open(self) -> None:
+        """The pump has ended: nothing more will come for anyone."""
+        error = self._failure
+        text = ("the orchestrator was shut down" if error is None
+                else f"{type(error).__name__}: {error}")
+        for handle in list(self._handles.values()):
+            handle.fail(JobFailed(text))
 
     def _take(self, message: object) -> None:
         if isinstance(message, Step):
@@ -264,9 +283,7 @@ class Orchestrator:
         self._commands.append(command)
         self._doorbell.ring_self()
 
-    def _submit(self, handle: RequestHandle, entries: list[Entry]) -> None:
-        self._handles[handle.request_id] = handle
-        handle.add_done_callback(self._forget)
+    def _submit(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._dispatcher.submit(entry)
 
@@ -282,15 +299,18 @@ class Orchestrator:
 
     def _tokens_of(self, request: Request) -> list[int]:
         if request.prompt_token_ids is not None:
-            return list(request.prompt_token_ids)
+            try:  # arrays give integers of their own types, which cannot be sent
+                return [operator.index(token) for token in request.prompt_token_ids]
+            except TypeError as error:
+                raise RequestError(f"prompt_token_ids must be whole numbers: {error}") from None
         if self._tokenizer is None:
             raise RequestError("this job has no tokenizer; give prompt_token_ids")
         try:
             if request.messages is not None:
                 return self._tokenizer.apply_chat_template(request.messages)
             return self._tokenizer.encode(request.prompt or "")
-        except DisaggError as error:
-            raise RequestError(str(error)) from error
+        except (DisaggError, UnicodeError, TypeError) as error:
+            raise RequestError(f"the prompt cannot be turned into tokens: {error}") from error
 
 
 def _as_request(prompt: Prompt, sampling: SamplingParams | None) -> Request:

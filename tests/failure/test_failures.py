@@ -100,6 +100,15 @@ def test_exit_code_after_the_job(how: str, rank: int) -> None:
     assert ("exits with code 3" in result.stderr) == (how == "late-exit")
 
 
+@pytest.mark.parametrize("how", ["late-raise", "late-raise-together"])
+def test_exception_after_the_job(how: str) -> None:
+    result = fail(how)
+    assert result.returncode == 1, result.text
+    assert result.stderr.count("[rank 0 · test]\nTraceback") == 1
+    if how == "late-raise-together":
+        assert result.stderr.endswith("ValueError: raised on purpose\n"), "mpirun adds nothing"
+
+
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_killed_rank_ends_the_job(rank: int) -> None:
     result = kill(signal.SIGKILL, rank)

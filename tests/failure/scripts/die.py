@@ -51,13 +51,15 @@ if how == "clean":
     guards.leave()
     time.sleep(0.5 * rank)
     sys.exit(0)
-if how in ("late-exit", "late-exit-together"):
-    # The job went well, and then one rank ends with a code of its own.
+if how.startswith("late-"):
+    # The job went well, and then one rank ends with a code of its own, or by an exception.
     window.Free()
     guards.leave()
+    if rank == victim and how.startswith("late-raise"):
+        raise ValueError("raised on purpose")
     if rank == victim:
         sys.exit(3)
-    if how == "late-exit":
+    if not how.endswith("-together"):
         world.Recv(bytearray(1), source=victim)
     sys.exit(0)
 

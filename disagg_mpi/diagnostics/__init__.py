@@ -1,0 +1,36 @@
+"""What ``doctor`` measures: this machine, its software, every pair of ranks, and what waiting costs.
+
+    machine.inspect_machine   one process's surroundings; starts no MPI
+      traps                   what in them the user should know: a Finding, whose remedy says what to type
+    job.run_doctor            collective over a communicator: every rank calls it, rank 0 gets the report
+      pairs                   latency, wake-up and bandwidth of two ranks, against a memcpy
+      idle                    what a rank that has nothing to do costs, and how soon it is woken
+      library                 what the MPI library says about itself
+
+Buffers, bells and duplicates of the communicator live for the time of the call. Results are plain structs;
+``cli.doctor`` renders them.
+"""
+
+from disagg_mpi.diagnostics.job import DoctorReport, run_doctor, world
+from disagg_mpi.diagnostics.machine import MachineReport, inspect_machine
+from disagg_mpi.diagnostics.pairs import SLOW_RATIO, choose_pairs
+from disagg_mpi.diagnostics.traps import (
+    Finding,
+    launcher_finding,
+    mismatch_finding,
+    would_stop,
+)
+
+__all__ = [
+    "SLOW_RATIO",
+    "DoctorReport",
+    "Finding",
+    "MachineReport",
+    "choose_pairs",
+    "inspect_machine",
+    "launcher_finding",
+    "mismatch_finding",
+    "run_doctor",
+    "world",
+    "would_stop",
+]

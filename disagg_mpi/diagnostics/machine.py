@@ -1,0 +1,134 @@
+"""One host and its software, seen by one process that starts no MPI."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from disagg_mpi.comm import environment
+from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.diagnostics.traps import TRAPS, Finding
+from disagg_mpi.errors import MpiError
+
+_PACKAGES = ("mpi4py", "numpy", "msgspec", "torch", "transformers")
+
+
+class SharedMemory(msgspec.Struct, frozen=True):
+    """/dev/shm, in bytes."""
+
+    total: int
+    free: int
+
+
+class MachineReport(msgspec.Struct, frozen=True):
+    """One host and its software, seen without MPI."""
+
+    hostname: str
+    python: str
+    cores: int
+    memory_total: int | None
+    memory_available: int | None
+    shared_memory: SharedMemory | None
+    mpi: MpiInstall | None
+    versions: dict[str, str | None]
+    """mpi4py, torch, transformers …; ``None``: not installed."""
+    gpus: list[str]
+    settings: dict[str, str]
+    """What a rank sets before MPI starts."""
+    kept: dict[str, str]
+    """Of the same kind, but set by the user and left alone."""
+    launcher: LauncherContext
+    findings: list[Finding]
+
+
+def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
+    """Look at this host, its software and its environment. Starts no MPI, imports no torch.
+
+    ``environ`` is the one before :func:`disagg_mpi.comm.environment.apply`.
+    """
+    env = os.environ if environ is None else environ
+    context = environment.launcher_context(env)
+    findings: list[Finding] = []
+    install: MpiInstall | None = None
+    try:
+        install = environment.detect_mpi()
+    except MpiError as error:
+        # Under a cluster's srun there need not be any mpirun: the library alone is enough.
+        level: Literal["stop", "note"] = "note" if context.launcher == "srun" else "stop"
+        findings.append(Finding(level, str(error)))
+    settings = environment.process_environment(install, env)
+    report = MachineReport(
+        hostname=platform.node(),
+        python=f"{platform.python_version()} ({sys.executable})",
+        cores=environment.count_cores(),
+        memory_total=_meminfo("MemTotal"),
+        memory_available=_meminfo("MemAvailable"),
+        shared_memory=_shared_memory(),
+        mpi=install,
+        versions={name: _version(name) for name in _PACKAGES},
+        gpus=_gpus(),
+        settings=settings,
+        kept={key: env[key] for key in environment.process_environment(install, _unset(env))
+              if key in env},
+        launcher=context,
+        findings=[],
+    )
+    findings += [finding for trap in TRAPS for finding in trap(report, env)]
+    return msgspec.structs.replace(report, findings=findings)
+
+
+def _unset(env: Mapping[str, str]) -> dict[str, str]:
+    """``env`` without what we might set: asking with it tells all that we would set."""
+    ours = ("OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_pml", "OMPI_MCA_btl", "OMPI_MCA_osc",
+            "OMPI_MCA_smsc", "I_MPI_WAIT_MODE")
+    return {key: value for key, value in env.items() if key not in ours}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _meminfo(key: str) -> int | None:
+    with contextlib.suppress(OSError):
+        match = re.search(rf"^{key}:\s+(\d+) kB", Path("/proc/meminfo").read_text(), re.MULTILINE)
+        return int(match.group(1)) * 1024 if match else None
+    return None
+
+
+def _shared_memory() -> SharedMemory | None:
+    try:
+        usage = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return None
+    return SharedMemory(total=usage.total, free=usage.free)
+
+
+def _gpus() -> list[str]:
+    """Names of the CUDA devices, asked of the driver itself: importing torch takes seconds."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return []
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    names = []
+    for index in range(count.value):
+        name = ctypes.create_string_buffer(128)
+        driver.cuDeviceGetName(name, len(name), index)
+        names.append(name.value.decode(errors="replace"))
+    return names

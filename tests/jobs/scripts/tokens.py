@@ -1,0 +1,32 @@
+"""One job that answers the reference's prompts in every way and writes down what it got."""
+
+import json
+import sys
+from pathlib import Path
+
+import msgspec
+
+import disagg_mpi as dm
+
+config = msgspec.convert(json.loads(sys.argv[1]), dm.JobConfig)
+prompts, target, max_tokens = json.loads(Path(sys.argv[2]).read_text()), Path(sys.argv[3]), int(sys.argv[4])
+
+with dm.launch(config) as orchestrator:
+    if orchestrator is not None:
+        greedy = dm.SamplingParams(max_tokens=max_tokens)
+        sampled = [dm.Request(prompt=prompt, sampling=dm.SamplingParams(
+                       max_tokens=max_tokens, temperature=0.8, top_p=0.9, top_k=50, seed=number, n=2))
+                   for number, prompt in enumerate(prompts[::5])]
+        found = {
+            "batched": [r.token_ids for r in orchestrator.generate(prompts, greedy)],
+            "alone": [orchestrator.submit(prompt, greedy).result().token_ids for prompt in prompts],
+            "sampled": [[choice.text for choice in r.choices] for r in orchestrator.generate(sampled)],
+        }
+        orchestrator.check_integrity()
+        logits = dm.SamplingParams(max_tokens=8, return_generation_logits=True)
+        for name, prompt in (("short", prompts[0]), ("long", prompts[-1])):
+            result = orchestrator.submit(prompt, logits).result()
+            found[f"logits {name}"] = [row.hex() for row in result.choices[0].logits]
+        orchestrator.check_integrity()
+        target.write_text(json.dumps(found))
+        print("integrity holds")

@@ -1,0 +1,56 @@
+"""Disaggregated equals aggregated equals transformers, token for token, on the real model.
+
+Every layout of up to five ranks and both ways of handing over; batched and alone; logits to the bit;
+sampled text. After each job no block is owned and no transfer is open, on any rank.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mpirun import run_job
+from reference import MAX_TOKENS, compare, prompts, reference
+
+SCRIPT = Path(__file__).parent / "scripts" / "tokens.py"
+LAYOUTS = [
+    pytest.param(2, {"aggregated": 1}, id="n2-aggregated"),
+    pytest.param(3, {"transport": "shared"}, id="n3-shared"),
+    pytest.param(3, {"transport": "mpi"}, id="n3-mpi"),
+    pytest.param(4, {"context": 2, "transport": "shared"}, id="n4-shared", marks=pytest.mark.openmpi_only),
+    pytest.param(4, {"context": 2, "transport": "mpi"}, id="n4-mpi", marks=pytest.mark.openmpi_only),
+    pytest.param(5, {"context": 2, "generation": 2, "transport": "shared"}, id="n5-shared",
+                 marks=pytest.mark.openmpi_only),
+    pytest.param(5, {"context": 2, "generation": 2, "transport": "mpi"}, id="n5-mpi",
+                 marks=pytest.mark.openmpi_only),
+]
+# What each layout gave, for the comparison of layouts with one another.
+_found: dict[str, dict[str, list]] = {}
+
+
+@pytest.mark.model
+@pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
+def test_layout_gives_the_tokens_of_transformers(
+    num_ranks: int, layout: dict, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    truth = reference(model)
+    questions, answers = tmp_path / "prompts.json", tmp_path / "answers.json"
+    questions.write_text(json.dumps(prompts()))
+    # One thread each: equal threads are part of what "to the bit" takes.
+    config = {"model": str(model), "threads": 1, **layout}
+    job = run_job(num_ranks, [str(SCRIPT), json.dumps(config), str(questions), str(answers),
+                              str(MAX_TOKENS)], timeout=900)
+    assert job.returncode == 0, job.text
+    assert "integrity holds" in job.stdout
+    job.assert_clean()
+    found = json.loads(answers.read_text())
+    name = request.node.callspec.id
+    problems = [*compare(f"{name} batched", found["batched"], truth),
+                *compare(f"{name} alone", found["alone"], truth)]
+    assert not problems, "\n".join(problems)
+    for other, theirs in _found.items():
+        assert found["sampled"] == theirs["sampled"], f"{name} and {other} draw differently"
+        for kind in ("logits short", "logits long"):
+            assert found[kind] == theirs[kind], f"{name} and {other}: {kind} differ in some bit"
+    _found[name] = found

@@ -1,0 +1,158 @@
+"""Paged attention against plain attention over each request alone, and against itself in other blocks."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from disagg_mpi.engine.attention import KvPool, StepLayout, paged_attention
+from disagg_mpi.errors import ModelError
+from disagg_mpi.transfer.layout import KvLayout
+
+HEADS = {"MHA": (4, 4), "GQA": (4, 2), "MQA": (4, 1)}
+HEAD_DIM, PER_BLOCK, NUM_BLOCKS = 8, 4, 40
+LAYER = SimpleNamespace(layer_idx=1)
+
+
+def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, scale: float,
+          window: int | None) -> torch.Tensor:
+    """``[tokens, heads, dim]`` of one request, from the definition, in float64."""
+    group = query.shape[1] // key.shape[1]
+    q = query.double().transpose(0, 1)
+    k, v = (x.double().transpose(0, 1).repeat_interleave(group, 0) for x in (key, value))
+    scores = q @ k.transpose(1, 2) * scale
+    rows = torch.arange(start, start + query.shape[0])[:, None]
+    columns = torch.arange(key.shape[0])[None]
+    hidden = columns > rows
+    if window is not None:
+        hidden |= columns <= rows - window
+    return (scores.masked_fill(hidden, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+class Requests:
+    """Requests with K and V of all their positions, fed to the pool in chunks."""
+
+    def __init__(self, heads: tuple[int, int], lengths: list[int], tables: list[list[int]],
+                 dtype: str = "fp32", seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        layout = KvLayout(2, heads[1], HEAD_DIM, PER_BLOCK, NUM_BLOCKS, dtype)
+        self.pool = KvPool(bytearray(layout.pool_bytes), layout)
+        self.tables = tables
+        self.data = [[torch.randn(n, h, HEAD_DIM, generator=generator)
+                      for h in (heads[0], heads[1], heads[1])] for n in lengths]
+
+    def step(self, chunks: list[tuple[int, int, int]], window: int | None = None,
+             scale: float = 0.3) -> list[torch.Tensor]:
+        """``chunks``: (request, start, length); the output of each."""
+        paged = StepLayout(self.pool, [(self.tables[r], start, n) for r, start, n in chunks])
+        query, key, value = (
+            torch.cat([self.data[r][i][start : start + n] for r, start, n in chunks])
+            .transpose(0, 1).unsqueeze(0) for i in range(3))
+        out, weights = paged_attention(LAYER, query, key, value, None, scale, paged=paged,
+                                       sliding_window=window)
+        assert weights is None
+        return list(out[0].split([n for _, _, n in chunks]))
+
+    def expected(self, chunk: tuple[int, int, int], window: int | None = None,
+                 scale: float = 0.3) -> torch.Tensor:
+        request, start, length = chunk
+        query, key, value = self.data[request]
+        end = start + length
+        return plain(query[start:end], key[:end], value[:end], start, scale, window)
+
+
+def tables_for(lengths: list[int], order: list[int]) -> list[list[int]]:
+    tables, taken = [], 0
+    for length in lengths:
+        count = -(-length // PER_BLOCK)
+        tables.append(order[taken : taken + count])
+        taken += count
+    return tables
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("window", [None, 3, 6, 100])
+@given(data=st.data())
+@settings(deadline=None, max_examples=25)
+def test_mixed_batches_equal_plain_attention(
+        heads: tuple[int, int], window: int | None, data: st.DataObject) -> None:
+    lengths = data.draw(st.lists(st.integers(1, 20), min_size=1, max_size=4))
+    order = data.draw(st.permutations(range(NUM_BLOCKS)) | st.just(list(range(NUM_BLOCKS))))
+    requests = Requests(heads, lengths, tables_for(lengths, order))
+    done = [0] * len(lengths)
+    while any(d < n for d, n in zip(done, lengths, strict=True)):
+        chunks = []
+        for request, length in enumerate(lengths):
+            left = length - done[request]
+            size = min(left, data.draw(st.integers(0, 7)))
+            if size:
+                chunks.append((request, done[request], size))
+                done[request] += size
+        if not chunks:
+            continue
+        for chunk, out in zip(chunks, requests.step(chunks, window), strict=True):
+            torch.testing.assert_close(out.double(), requests.expected(chunk, window),
+                                       atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+@pytest.mark.parametrize("window", [None, 5])
+def test_where_the_blocks_lie_does_not_change_a_bit(heads: tuple[int, int], window: int | None) -> None:
+    lengths = [19, 9]
+    steps = [[(0, 0, 7), (1, 0, 8)], [(0, 7, 11), (1, 8, 1)], [(0, 18, 1)]]
+    outputs = []
+    for order in (list(range(NUM_BLOCKS)), list(range(NUM_BLOCKS))[::-1],
+                  [7, 8, 3, 30, 31, 2, 19, 4, 11, 5], [33, 34, 35, 36, 37, 1, 2, 3]):
+        requests = Requests(heads, lengths, tables_for(lengths, order))
+        outputs.append([out for step in steps for out in requests.step(step, window)])
+    for other in outputs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(outputs[0], other, strict=True))
+
+
+def test_company_in_the_step_does_not_change_a_bit() -> None:
+    lengths = [12, 9, 5]
+    tables = tables_for(lengths, list(range(NUM_BLOCKS)))
+    together = Requests((4, 2), lengths, tables)
+    alone = Requests((4, 2), lengths, tables)
+    steps = [[(0, 0, 8), (1, 0, 9), (2, 0, 4)], [(0, 8, 4), (2, 4, 1)]]
+    for step in steps:
+        many = together.step(step)
+        for chunk, out in zip(step, many, strict=True):
+            assert torch.equal(alone.step([chunk])[0], out)
+
+
+def test_only_the_steps_own_slots_are_written() -> None:
+    requests = Requests((2, 1), [6], [[5, 9]])
+    before = [plane.clone() for plane in requests.pool.keys]
+    requests.step([(0, 0, 6)])
+    changed = (requests.pool.keys[1] != before[1]).any(-1).any(-1).nonzero().flatten().tolist()
+    assert changed == [20, 21, 22, 23, 36, 37]
+    assert torch.equal(requests.pool.keys[0], before[0])
+
+
+def test_a_bf16_cache_is_close() -> None:
+    requests = Requests((4, 2), [11], [[0, 1, 2]], dtype="bf16")
+    requests.step([(0, 0, 10)])
+    out = requests.step([(0, 10, 1)])[0]
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out.double(), requests.expected((0, 10, 1)), atol=5e-2, rtol=5e-2)
+
+
+def test_room_for_the_output_at_the_end_of_a_table_is_not_read() -> None:
+    requests = Requests((4, 2), [6], [[3, 4, 5, 6]])
+    for plane in (*requests.pool.keys, *requests.pool.values):
+        plane.fill_(torch.nan)
+    assert all(not out.isnan().any() for out in requests.step([(0, 0, 5)]) + requests.step([(0, 5, 1)]))
+
+
+@pytest.mark.parametrize("extra", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}])
+def test_what_it_cannot_do_is_refused_not_ignored(extra: dict[str, object]) -> None:
+    requests = Requests((4, 2), [2], [[0]])
+    paged = StepLayout(requests.pool, [([0], 0, 2)])
+    q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in requests.data[0])
+    with pytest.raises(ModelError, match="beyond the paged attention"):
+        paged_attention(LAYER, q, k, v, None, paged=paged, **extra)

@@ -1,0 +1,159 @@
+"""Which requests are in a step: budget, order, head of line, and that everything ends."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inprocess import executor_request, replace
+
+from disagg_mpi.engine.block_manager import BlockManager
+from disagg_mpi.engine.scheduler import Chunk, Scheduler
+from disagg_mpi.engine.sequence import Sequence, Status
+from disagg_mpi.request import ContextPhaseParams, RequestType
+
+
+def sequence(request_id: int, num_prompt: int, max_tokens: int = 4,
+             type: RequestType = RequestType.CONTEXT_AND_GENERATION) -> Sequence:
+    params = ContextPhaseParams((1,), request_id, b"") \
+        if type is RequestType.GENERATION_ONLY else None
+    return Sequence(replace(executor_request(request_id, range(num_prompt), max_tokens=max_tokens),
+                            type=type, context_phase_params=params))
+
+
+def make(num_blocks: int = 64, **changes: int) -> tuple[Scheduler, BlockManager]:
+    blocks = BlockManager(range(num_blocks))
+    given = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 8, **changes}
+    return Scheduler(blocks, **given), blocks  # type: ignore[arg-type]
+
+
+def forward(chunks: list[Chunk]) -> list[Sequence]:
+    """What the engine does with a step, without a model; those that are done."""
+    done = []
+    for chunk in chunks:
+        samples = chunk.samples
+        chunk.sequence.num_computed = chunk.end
+        if samples:
+            chunk.sequence.token_ids.append(0)
+            if chunk.sequence.num_output_tokens >= chunk.sequence.sampling.max_tokens:
+                done.append(chunk.sequence)
+    return done
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6), st.integers(0, 5)),
+                min_size=1, max_size=12),
+       st.integers(1, 4), st.integers(0, 12), st.integers(9, 40), st.booleans())
+@settings(deadline=None)
+def test_every_request_ends_in_order_within_budget_and_pool(
+        requests: list[tuple[int, int, int]], batch: int, extra: int, num_blocks: int,
+        reserve: bool) -> None:
+    budget = batch + extra
+    scheduler, blocks = make(num_blocks, max_batch_size=batch, max_num_tokens=budget,
+                             reserve_output_in_context=reserve)
+    arriving = [(step, sequence(i, prompt, most)) for i, (prompt, most, step) in enumerate(requests)]
+    arriving.sort(key=lambda pair: pair[0])
+    order = [s.id for _, s in arriving]
+    admitted: list[int] = []
+    left = len(arriving)
+    for step in range(3000):
+        while arriving and arriving[0][0] <= step:
+            scheduler.add(arriving.pop(0)[1])
+        for one in scheduler.admit():
+            admitted.append(one.id)
+            assert len(blocks.table(one.id)) == scheduler.blocks_for(one)
+        chunks = scheduler.schedule()
+        assert sum(chunk.length for chunk in chunks) <= budget
+        assert len({chunk.sequence.id for chunk in chunks}) == len(chunks) <= batch
+        phases = [chunk.sequence.in_context_phase for chunk in chunks]
+        assert phases == sorted(phases), "generation first"
+        running = [s for s in scheduler if s.status is Status.RUNNING]
+        assert {s.id for s in running if not s.in_context_phase} <= {c.sequence.id for c in chunks}
+        assert all(chunk.length > 0 and chunk.start == chunk.sequence.num_computed for chunk in chunks)
+        for chunk in chunks:
+            assert chunk.end <= len(blocks.table(chunk.sequence.id)) * 4
+        assert chunks or not running, "whoever runs gets on"
+        for one in forward(chunks):
+            scheduler.remove(one)
+            blocks.free(one.id)
+            left -= 1
+        if not left:
+            break
+    assert left == 0
+    assert admitted == order, "first come, first served"
+    assert blocks.num_free == num_blocks and len(scheduler) == scheduler.num_waiting == 0
+
+
+def test_a_long_prompt_goes_in_chunks_of_what_is_left() -> None:
+    scheduler, _ = make(max_num_tokens=8)
+    short, long = sequence(1, 2), sequence(2, 20)
+    scheduler.add(short)
+    scheduler.add(long)
+    scheduler.admit()
+    first = scheduler.schedule()
+    assert [(c.sequence.id, c.start, c.length, c.samples) for c in first] == [
+        (1, 0, 2, True), (2, 0, 6, False)]
+    forward(first)
+    second = scheduler.schedule()
+    assert [(c.sequence.id, c.start, c.length, c.samples) for c in second] == [
+        (1, 2, 1, True), (2, 6, 7, False)]
+    forward(second)
+    third = scheduler.schedule()
+    assert [(c.sequence.id, c.start, c.length, c.samples) for c in third] == [
+        (1, 3, 1, True), (2, 13, 7, True)]
+
+
+def test_the_head_of_the_line_waits_and_so_do_those_behind_it() -> None:
+    scheduler, blocks = make(num_blocks=6)
+    first, large, small = sequence(1, 10, 3), sequence(2, 16, 4), sequence(3, 1, 1)
+    for one in (first, large, small):
+        scheduler.add(one)
+    assert [s.id for s in scheduler.admit()] == [1]
+    assert scheduler.admit() == []
+    assert scheduler.num_waiting == 2
+    scheduler.remove(first)
+    blocks.free(1)
+    assert [s.id for s in scheduler.admit()] == [2, 3]
+
+
+def test_a_context_reserves_the_output_only_where_it_goes_along() -> None:
+    context = sequence(1, 8, 9, RequestType.CONTEXT_ONLY)
+    both = sequence(2, 8, 9)
+    assert make()[0].blocks_for(context) == 2
+    assert make(reserve_output_in_context=True)[0].blocks_for(context) == 4
+    assert make()[0].blocks_for(both) == 4
+    assert make()[0].blocks_for(sequence(3, 8, 1)) == 2, "the last token's KV is never computed"
+
+
+def test_what_is_handed_over_has_blocks_but_no_part_in_steps() -> None:
+    scheduler, blocks = make()
+    one = sequence(1, 6, 4, RequestType.GENERATION_ONLY)
+    scheduler.add(one)
+    assert scheduler.admit() == [one]
+    assert one.status is Status.HANDOVER
+    assert blocks.owns(1)
+    assert scheduler.schedule() == []
+    one.adopt_context((9,))
+    one.status = Status.RUNNING
+    assert [(c.start, c.length, c.samples) for c in scheduler.schedule()] == [(6, 1, True)]
+
+
+def test_places_in_the_batch_are_limited_also_by_hand_overs() -> None:
+    scheduler, _ = make(max_batch_size=2)
+    for request_id in range(3):
+        scheduler.add(sequence(request_id, 1, 2, RequestType.GENERATION_ONLY))
+    assert len(scheduler.admit()) == 2
+    assert scheduler.admit() == []
+
+
+def test_removing_leaves_the_blocks_to_their_owner() -> None:
+    scheduler, blocks = make()
+    waiting, active = sequence(1, 4), sequence(2, 4)
+    scheduler.add(active)
+    scheduler.admit()
+    scheduler.add(waiting)
+    scheduler.remove(waiting)
+    scheduler.remove(active)
+    assert (len(scheduler), 1 in scheduler, scheduler.get(2)) == (0, False, None)
+    assert blocks.owns(2)
+    with pytest.raises(KeyError):
+        scheduler.remove(active)
