@@ -176,6 +176,7 @@ class Engine:
 
     def check(self, idle: bool) -> list[str]:
         """What is wrong with the books; with ``idle``, anything still owned or open as well."""
+        self.progress()  # what is over has no owner until its end has been taken
         problems = self._blocks.check()
         known = {s.id for s in self._scheduler} | set(self._leaving)
         problems += [f"blocks of request {owner} are owned by nobody who is here"

@@ -85,6 +85,9 @@ def _fill_buffers(model: nn.Module, config: Any) -> None:
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
         if not names:
             continue
+        if names == ["embed_scale"] and hasattr(module, "scalar_embed_scale"):  # the Gemma family
+            module.embed_scale = torch.tensor(module.scalar_embed_scale)
+            continue
         try:
             fresh = type(module)(getattr(module, "config", config))
         except TypeError as error:

@@ -22,7 +22,7 @@ from disagg_mpi.comm.agree import from_root, together
 from disagg_mpi.comm.messages import Ready
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
-from disagg_mpi.errors import DisaggError, JobFailed, LayoutError, MpiError
+from disagg_mpi.errors import JobFailed, LayoutError, MpiError
 from disagg_mpi.executor.base import Executor, ExecutorLimits
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.job import guards
@@ -98,7 +98,11 @@ def launch_executors(
     be pulled from it.
     """
     with _job(config or JobConfig(), progress) as job:
-        yield job.executor
+        try:
+            yield job.executor
+        except BaseException as error:
+            # Here the others wait for messages of the script's own: nobody else can end that.
+            guards.fatal(job.world.label, error)
         if job.executor is not None:
             job.executor.shutdown()
 
@@ -168,14 +172,10 @@ def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
         job = _start(config, topology, comm, tell)
         try:
             yield job
-        except DisaggError as error:
-            if not is_root:  # only rank 0 runs code that may ask for what cannot be
-                guards.fatal(topology.label(comm.rank), error)
-            job.close()
-            raise
-        except Exception as error:
+        except BaseException as error:
             if not is_root:
-                guards.fatal(topology.label(comm.rank), error)
+                guards.fatal(job.world.label, error)
+            # Rank 0's own code failed: the job itself is whole and comes to its orderly end.
             job.close()
             raise
         job.close()

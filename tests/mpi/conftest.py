@@ -21,6 +21,7 @@ import pytest
 from disagg_mpi.comm import environment
 from disagg_mpi.comm.channel import MpiChannel
 from disagg_mpi.comm.waiting import Doorbell, Waiter
+from disagg_mpi.diagnostics.pairs import quiet_barrier
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -82,9 +83,13 @@ def post(world: MPI.Intracomm) -> Iterator[Post]:
 
 @pytest.fixture
 def agree(world: MPI.Intracomm) -> Callable[[list[str]], None]:
-    """Assert on every rank that no rank has anything to complain about; collective."""
+    """Assert on every rank that no rank has anything to complain about; collective.
+
+    Ranks that are done sleep until all are.
+    """
 
     def check(problems: list[str]) -> None:
+        quiet_barrier(world)
         found = {rank: theirs for rank, theirs in enumerate(world.allgather(problems)) if theirs}
         assert not found
 

@@ -37,10 +37,14 @@ def _problem(report: DoctorReport, size: int) -> str | None:
                        and pair.ratio > 0 for pair in report.pairs),
         "hosts": sorted(rank for ranks in report.hosts.values() for rank in ranks)
                  == list(range(size)),
+        "idle": report.idle is not None and report.idle.rank == 1
+                and 0 <= report.idle.cpu_share < 0.5 and report.idle.wake_us > 0,
         "threads": report.thread_provided == "multiple",
         "tags": report.tag_ub >= 32767,
         "fine": not would_stop(report.findings),
         "text": any(" 0-1" in line for line in render(report)),
+        "idle, in text": any(line.startswith("idle rank ") for line in render(report)),
+        "hand-over": any(line.startswith("hand-over ") for line in render(report)),
         "json": msgspec.json.decode(msgspec.json.encode(report), type=DoctorReport) == report,
     }
     return next((name for name, holds in checks.items() if not holds), None)
@@ -53,6 +57,8 @@ def test_a_communicator_of_one_rank_has_no_pair() -> None:
     report = run_doctor(MPI.COMM_SELF)
     assert report is not None
     assert report.pairs == []
+    assert report.idle is None
+    assert "one rank: no pair to measure" in list(render(report))
 
 
 def test_pairs_of_a_large_world_stay_few() -> None:

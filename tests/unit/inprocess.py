@@ -8,6 +8,7 @@ thread around it.
 
 from __future__ import annotations
 
+import functools
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -18,6 +19,7 @@ import torch
 
 from disagg_mpi.comm.channel import MemoryNetwork
 from disagg_mpi.comm.waiting import Doorbell, Waiter
+from disagg_mpi.engine import runner as runner_module
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.engine import Engine
 from disagg_mpi.engine.runner import ModelRunner
@@ -39,6 +41,9 @@ from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.memory import private_pool
 from disagg_mpi.transfer.transceiver import Transceiver
 from disagg_mpi.transfer.transports import MemoryTransport, MemoryWire
+
+# Instances of one test share the module: it holds weights, never state.
+runner_module.load_model = functools.cache(runner_module.load_model)
 
 VOCABULARY = 128
 PATIENCE = 60.0

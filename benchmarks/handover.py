@@ -1,0 +1,110 @@
+"""The hand-over between two ranks of one host against one memory copy of the same bytes.
+
+Run by ``run_all.py`` under mpirun; rank 1 offers, rank 2 pulls, with the real transceiver, transport and
+progress threads, on pools of the default model's shape. The copy is taken in the same run, by rank 2, from
+the shared memory of the one pool to a private one.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from disagg_mpi.comm import environment
+
+environment.apply()
+
+from mpi4py import MPI  # noqa: E402 - after its environment
+
+from disagg_mpi.comm.channel import MpiChannel  # noqa: E402
+from disagg_mpi.comm.waiting import Doorbell  # noqa: E402
+from disagg_mpi.transfer.layout import KvLayout  # noqa: E402
+from disagg_mpi.transfer.memory import SharedPool, private_pool  # noqa: E402
+from disagg_mpi.transfer.progress import ProgressThread  # noqa: E402
+from disagg_mpi.transfer.transceiver import Pulled, Transceiver  # noqa: E402
+from disagg_mpi.transfer.transports import MpiTransport  # noqa: E402
+
+LAYOUT = KvLayout(30, 3, 64, 32, 160, "fp32")  # SmolLM2-135M, 5,120 tokens, 225 MiB
+ROUNDS = 9
+CASES = [("256 tokens", 256, False), ("1,024 tokens", 1024, False), ("3,072 tokens", 3072, False),
+         ("3,072 tokens, scattered blocks", 3072, True)]
+
+
+def table_of(num_tokens: int, scattered: bool, seed: int) -> list[int]:
+    count = LAYOUT.blocks_for(num_tokens)
+    if scattered:
+        return random.Random(seed).sample(range(LAYOUT.num_blocks), count)
+    return list(range(count))
+
+
+def memcpy_seconds(source: np.ndarray, target: np.ndarray, num_bytes: int) -> float:
+    times = []
+    for _ in range(ROUNDS):
+        start = time.perf_counter()
+        np.copyto(target[:num_bytes], source[:num_bytes])
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def main(target: Path) -> None:
+    world = MPI.COMM_WORLD
+    rank = world.rank
+    host = world.Split_type(MPI.COMM_TYPE_SHARED)
+    job = world.bcast(f"bench{time.time_ns()}" if rank == 0 else None)
+    shared = SharedPool(host, LAYOUT.pool_bytes)
+    own = private_pool(LAYOUT.pool_bytes)
+    own[:] = rank + 1
+    if rank == 1:
+        shared.pool[:] = 7
+    bell = Doorbell(job, rank, range(world.size), True)
+    results = []
+    for way in ("mpi", "shared"):
+        comms = world.Dup(), world.Dup()
+        pool = own if way == "mpi" else shared.pool
+        transceiver = Transceiver(rank, MpiChannel(comms[0], bell), MpiTransport(comms[1], pool, LAYOUT),
+                                  LAYOUT, pool=way if way == "shared" else f"{way}{rank}", use_shared=True)
+        thread = ProgressThread(transceiver, bell, lambda: None)
+        for name, num_tokens, scattered in CASES:
+            source_table = table_of(num_tokens, scattered, 1)
+            own_table = table_of(num_tokens, scattered, 2)
+            times = []
+            for turn in range(ROUNDS + 2):
+                world.Barrier()
+                if rank == 1:
+                    world.send(transceiver.offer(turn, source_table, num_tokens), dest=2)
+                    while not transceiver.progress():
+                        time.sleep(0.0002)
+                elif rank == 2:
+                    state = world.recv(source=1)
+                    start = time.perf_counter()
+                    transceiver.pull(turn, turn, state, own_table)
+                    events: list = []
+                    while not any(isinstance(event, Pulled) for event in events):
+                        events += transceiver.progress()
+                        time.sleep(0)
+                    if turn > 1:
+                        times.append(time.perf_counter() - start)
+                world.Barrier()
+            if rank == 2:
+                num_bytes = LAYOUT.kv_bytes(num_tokens)
+                copy = memcpy_seconds(shared.pool, own, num_bytes)
+                seconds = statistics.median(times)
+                results.append({"way": way, "case": name, "bytes": num_bytes, "seconds": seconds,
+                                "memcpy_seconds": copy, "ratio": copy / seconds})
+        world.Barrier()
+        thread.stop()
+    if rank == 2:
+        world.send(results, dest=0, tag=9)
+    if rank == 0:
+        target.write_text(json.dumps(world.recv(source=2, tag=9)))
+    shared.close()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[-1]))

@@ -1,0 +1,458 @@
+"""The life of a request as rank 0 leads it, with instances played by the test."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from inprocess import executor_request
+
+from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Step
+from disagg_mpi.executor.base import ExecutorLimits
+from disagg_mpi.executor.validate import blocks_needed
+from disagg_mpi.orchestrator.dispatcher import Dispatcher
+from disagg_mpi.orchestrator.router import pick_context, pick_generation
+from disagg_mpi.orchestrator.table import Entry, InstanceView, State
+from disagg_mpi.request import ContextPhaseParams, PhaseTiming, RequestType, Response
+from disagg_mpi.topology import Role
+
+LIMITS = ExecutorLimits(num_blocks=10, tokens_per_block=4, max_batch_size=3, max_num_tokens=8,
+                        max_model_len=100, vocab_size=50)
+
+
+class Sink:
+    """Keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.responses: list[Response] = []
+        self.ends: list[State] = []
+
+    def on_response(self, entry: Entry, response: Response) -> None:
+        self.responses.append(response)
+        if entry.is_over:
+            self.ends.append(entry.state)
+
+    @property
+    def end(self) -> State:
+        (state,) = self.ends
+        return state
+
+
+class Rank0:
+    """A dispatcher with what it sends; contexts are instances 0, …, generations follow."""
+
+    def __init__(self, context: int = 1, generation: int = 1, aggregated: int = 0) -> None:
+        roles = ([Role.CONTEXT] * context + [Role.GENERATION] * generation if not aggregated
+                 else [Role.AGGREGATED] * aggregated)
+        self.views = [InstanceView(i, role, f"{role} {i}", 10 + i, LIMITS)
+                      for i, role in enumerate(roles)]
+        self.sent: list[tuple[int, Any]] = []
+        self.dispatcher = Dispatcher(self.views, lambda rank, m: self.sent.append((rank, m)))
+        self.entries: dict[int, Entry] = {}
+
+    def submit(self, request_id: int, prompt: int = 4, max_tokens: int = 5,
+               deadline: float | None = None) -> Sink:
+        sink = Sink()
+        entry = Entry(executor_request(request_id, range(prompt), max_tokens=max_tokens), sink,
+                      deadline)
+        self.entries[request_id] = entry
+        self.dispatcher.submit(entry)
+        return sink
+
+    def turn(self) -> list[tuple[int, Any]]:
+        self.sent.clear()
+        self.dispatcher.turn()
+        return list(self.sent)
+
+    def step(self, instance: int, *responses: Response) -> list[tuple[int, Any]]:
+        self.dispatcher.on_step(Step(instance, list(responses), 0))
+        return self.turn()
+
+    def assert_over(self) -> None:
+        assert self.turn() == []
+        assert self.dispatcher.num_open == self.dispatcher.num_queued == 0
+        assert self.dispatcher.check() == []
+
+
+def context_done(request_id: int) -> Response:
+    return Response(request_id=request_id, token_ids=[1], is_final=True, timing=PhaseTiming(),
+                    context_phase_params=ContextPhaseParams((1,), request_id, b"state"))
+
+
+def token(request_id: int) -> Response:
+    return Response(request_id=request_id, token_ids=[2])
+
+
+def last(request_id: int, reason: Any = "length") -> Response:
+    return Response(request_id=request_id, token_ids=[3], is_final=True, finish_reason=reason,
+                    timing=PhaseTiming(handover=0.5, kv_bytes=7, transport="shared"))
+
+
+def given_up(request_id: int, reason: Any = "cancelled") -> Response:
+    return Response(request_id=request_id, is_final=True, finish_reason=reason, error="gone",
+                    timing=PhaseTiming())
+
+
+def test_a_life_from_queue_to_end() -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    entry = rank0.entries[1]
+    assert entry.state is State.QUEUED
+    ((leader, message),) = rank0.turn()
+    assert leader == 10 and isinstance(message, Enqueue)
+    assert message.requests[0].type is RequestType.CONTEXT_ONLY
+    assert (entry.state, rank0.views[1].free_blocks) == (State.CONTEXT, 8)
+    assert rank0.views[0].pending_context_tokens == 4
+    ((leader, message),) = rank0.step(0, context_done(1))
+    assert leader == 11 and isinstance(message, Enqueue)
+    assert message.requests[0].type is RequestType.GENERATION_ONLY
+    assert message.requests[0].context_phase_params.opaque_state == b"state"
+    assert entry.state is State.HANDOVER
+    assert rank0.views[0].pending_context_tokens == 0
+    rank0.step(1, token(1))
+    assert entry.state is State.GENERATION
+    rank0.step(1, last(1))
+    assert sink.end is State.DONE
+    assert [r.token_ids for r in sink.responses] == [[1], [2], [3]]
+    assert (entry.timing.transport, entry.timing.kv_bytes) == ("shared", 7)
+    assert entry.timing.total >= entry.timing.ttft > 0
+    assert entry.timing.tpot > 0 and entry.timing.second_token > 0
+    rank0.assert_over()
+
+
+def test_an_aggregated_instance_does_both() -> None:
+    rank0 = Rank0(aggregated=1)
+    sink = rank0.submit(1)
+    ((_, message),) = rank0.turn()
+    assert message.requests[0].type is RequestType.CONTEXT_AND_GENERATION
+    rank0.step(0, token(1))
+    assert rank0.entries[1].state is State.GENERATION
+    rank0.step(0, last(1))
+    assert sink.end is State.DONE
+    rank0.assert_over()
+
+
+def test_admission_reserves_and_the_head_of_the_line_waits() -> None:
+    rank0 = Rank0()
+    first, large, small = (rank0.submit(1, 16, 9), rank0.submit(2, 16, 9), rank0.submit(3, 1, 1))
+    ((_, message),) = rank0.turn()
+    assert [r.request_id for r in message.requests] == [1]
+    assert rank0.views[1].free_blocks == 4
+    assert rank0.dispatcher.num_queued == 2
+    assert rank0.turn() == []
+    sent = rank0.step(0, context_done(1))
+    assert [m.requests[0].request_id for _, m in sent] == [1]
+    sent = rank0.step(1, last(1))
+    assert [[r.request_id for r in m.requests] for _, m in sent] == [[2, 3]]
+    assert first.end is State.DONE and not large.ends and not small.ends
+
+
+def test_places_in_the_batch_are_reserved_too() -> None:
+    rank0 = Rank0()
+    for request_id in range(5):
+        rank0.submit(request_id, 1, 1)
+    rank0.turn()
+    assert rank0.dispatcher.num_queued == 5 - LIMITS.max_batch_size == 2
+    assert rank0.dispatcher.capacity == 3
+
+
+def test_the_least_loaded_are_picked() -> None:
+    rank0 = Rank0(2, 2)
+    for request_id, prompt in enumerate((12, 2, 3, 4), start=1):
+        rank0.submit(request_id, prompt, 1)
+    sent = {leader: [r.request_id for r in m.requests] for leader, m in rank0.turn()}
+    assert sent == {10: [1], 11: [2, 3, 4]}, "fewest prompt tokens to compute"
+    assert [v.free_blocks for v in rank0.views[2:]] == [7, 7], "largest free share"
+    places = {i: e.generation.id for i, e in rank0.entries.items() if e.generation}
+    assert places == {1: 2, 2: 3, 3: 3, 4: 3}
+
+
+def test_routers_alone() -> None:
+    views = [InstanceView(i, Role.GENERATION, "", i, LIMITS) for i in range(3)]
+    views[0].free_blocks, views[1].free_blocks = 3, 8
+    views[2].num_requests = LIMITS.max_batch_size
+    picked = pick_generation(views, 2)
+    assert picked is views[1]
+    assert pick_generation(views, 9) is None
+    views[0].pending_context_tokens = 5
+    assert pick_context(views) is views[1]
+
+
+@pytest.mark.parametrize("reason", ["cancelled", "deadline"])
+def test_cancelled_in_the_queue(reason: Any) -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.dispatcher.cancel(1, reason)
+    assert sink.end is State.CANCELLED
+    assert sink.responses[0].finish_reason == reason
+    assert sink.responses[0].error
+    rank0.assert_over()
+
+
+def test_cancelled_in_context_is_said_to_the_context() -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.turn()
+    rank0.dispatcher.cancel(1)
+    rank0.dispatcher.cancel(1, "deadline")
+    assert rank0.turn() == [(10, Cancel([1], "cancelled"))]
+    assert not sink.ends, "its blocks are not free yet"
+    rank0.step(0, given_up(1))
+    assert sink.end is State.CANCELLED
+    rank0.assert_over()
+
+
+def test_a_cancel_that_crosses_the_contexts_end_drops_the_offer() -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.turn()
+    rank0.dispatcher.cancel(1, "deadline")
+    rank0.turn()
+    assert rank0.step(0, context_done(1)) == [(10, DropOffer([1]))]
+    assert sink.end is State.CANCELLED
+    assert sink.responses[-1].finish_reason == "deadline"
+    assert sink.responses[-1].error
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_cancelled_at_the_generation(tokens: int) -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.turn()
+    rank0.step(0, context_done(1))
+    for _ in range(tokens):
+        rank0.step(1, token(1))
+    rank0.dispatcher.cancel(1)
+    assert rank0.turn() == [(11, Cancel([1], "cancelled"))]
+    rank0.step(1, token(1))  # the step that was under way
+    rank0.step(1, given_up(1))
+    assert sink.end is State.CANCELLED
+    rank0.assert_over()
+
+
+def test_a_cancel_in_the_turn_of_the_hand_over_comes_after_it() -> None:
+    rank0 = Rank0()
+    rank0.submit(1)
+    rank0.turn()
+    rank0.dispatcher.on_step(Step(0, [context_done(1)], 0))
+    rank0.dispatcher.cancel(1)
+    assert [(leader, type(m)) for leader, m in rank0.turn()] == [(11, Enqueue), (11, Cancel)]
+
+
+def test_a_cancel_that_comes_too_late_changes_nothing() -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.turn()
+    rank0.step(0, context_done(1))
+    rank0.dispatcher.cancel(1)
+    rank0.turn()
+    rank0.step(1, last(1))
+    assert sink.end is State.DONE
+    rank0.dispatcher.cancel(1)
+    rank0.step(1, given_up(1))
+    assert len(sink.ends) == 1
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize("at_context", [True, False])
+def test_an_error_of_an_instance_ends_the_request(at_context: bool) -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1)
+    rank0.turn()
+    if not at_context:
+        rank0.step(0, context_done(1))
+    rank0.step(0 if at_context else 1, Response(
+        request_id=1, is_final=True, finish_reason="error", error="broken"))
+    assert sink.end is State.FAILED
+    assert sink.responses[-1].error == "broken"
+    rank0.assert_over()
+
+
+def test_what_cannot_be_served_never_leaves_rank_0() -> None:
+    rank0 = Rank0()
+    for request_id, (prompt, most) in enumerate([(0, 1), (60, 1), (99, 2), (4, 200)]):
+        sink = rank0.submit(request_id, prompt, most)
+        assert sink.end is State.FAILED
+        assert sink.responses[0].finish_reason == "error"
+    rank0.assert_over()
+
+
+def test_deadlines_pass_in_the_queue_and_at_an_instance() -> None:
+    rank0 = Rank0()
+    now = time.monotonic()
+    running = rank0.submit(1, 16, 9, deadline=now - 1.0 + 3600)
+    rank0.turn()
+    late = rank0.submit(2, 16, 9, deadline=now - 0.001)
+    waiting = rank0.submit(3, 16, 9, deadline=now + 7200)
+    rank0.turn()
+    assert late.end is State.CANCELLED
+    assert late.responses[0].finish_reason == "deadline"
+    wait = rank0.dispatcher.turn()
+    assert wait is not None and 3500 < wait < 3600
+    rank0.entries[1].deadline = now
+    rank0.dispatcher._deadlines[0] = (now, 1)
+    assert rank0.turn() == [(10, Cancel([1], "deadline"))]
+    rank0.step(0, given_up(1, "deadline"))
+    assert running.end is State.CANCELLED
+    rank0.dispatcher.cancel(3)
+    rank0.step(0, given_up(3))
+    assert waiting.end is State.CANCELLED
+    assert rank0.dispatcher.turn() is None
+    rank0.assert_over()
+
+
+def test_messages_of_a_turn_are_one_of_a_kind_for_each_leader() -> None:
+    rank0 = Rank0()
+    for request_id in (1, 2, 3):
+        rank0.submit(request_id, 1, 1)
+    assert len(rank0.turn()) == 1
+    rank0.dispatcher.cancel_all()
+    ((_, message),) = rank0.turn()
+    assert message == Cancel([1, 2, 3], "cancelled")
+    sent = rank0.step(0, *(context_done(i) for i in (1, 2, 3)))
+    assert sent == [(10, DropOffer([1, 2, 3]))]
+    rank0.assert_over()
+
+
+def test_responses_to_nobody_are_ignored() -> None:
+    rank0 = Rank0()
+    assert rank0.step(1, token(99), last(99)) == []
+    rank0.assert_over()
+
+
+def test_the_ledger_names_what_is_still_promised() -> None:
+    rank0 = Rank0()
+    rank0.submit(1)
+    rank0.turn()
+    problems = " ".join(rank0.dispatcher.check())
+    assert "request 1 is still context" in problems
+    assert "generation 1: 2 blocks, 1 requests" in problems
+    assert "4 context tokens are still promised" in problems
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Submissions, cancels and deadlines against instances that play by the rules, in any order."""
+
+    @initialize(shape=st.sampled_from([(1, 1, 0), (2, 2, 0), (1, 3, 0), (0, 0, 2)]))
+    def start(self, shape: tuple[int, int, int]) -> None:
+        self.rank0 = Rank0(*shape)
+        self.aggregated = bool(shape[2])
+        self.sinks: dict[int, Sink] = {}
+        # What each instance holds: request id → tokens left; and contexts' offers.
+        self.at: dict[int, dict[int, int]] = {view.id: {} for view in self.rank0.views}
+        self.offers: dict[int, set[int]] = {view.id: set() for view in self.rank0.views}
+        self.context_of: dict[int, int] = {}
+        self.wire: list[tuple[int, Any]] = []
+        self.admitted: list[int] = []
+
+    @rule(prompt=st.integers(0, 30), most=st.integers(1, 12))
+    def submit(self, prompt: int, most: int) -> None:
+        request_id = len(self.sinks) + 1
+        self.sinks[request_id] = self.rank0.submit(request_id, prompt, most)
+
+    @rule(data=st.data(), reason=st.sampled_from(["cancelled", "deadline"]))
+    @precondition(lambda self: self.sinks)
+    def cancel(self, data: st.DataObject, reason: Any) -> None:
+        self.rank0.dispatcher.cancel(data.draw(st.sampled_from(sorted(self.sinks))), reason)
+
+    @rule()
+    def turn(self) -> None:
+        self.wire += self.rank0.turn()
+
+    @rule()
+    @precondition(lambda self: self.wire)
+    def deliver(self) -> None:
+        leader, message = self.wire.pop(0)
+        instance = leader - 10
+        if isinstance(message, Enqueue):
+            for request in message.requests:
+                if request.type is RequestType.GENERATION_ONLY:
+                    self.offers[self.context_of[request.request_id]].remove(request.request_id)
+                    self.at[instance][request.request_id] = request.sampling.max_tokens - 1
+                else:
+                    self.admitted.append(request.request_id)
+                    self.at[instance][request.request_id] = request.sampling.max_tokens
+        elif isinstance(message, Cancel):
+            for request_id in message.request_ids:
+                if self.at[instance].pop(request_id, None) is not None:
+                    self.report(instance, given_up(request_id, message.reason))
+        else:
+            assert isinstance(message, DropOffer)
+            for request_id in message.request_ids:
+                self.offers[instance].remove(request_id)
+
+    @rule(data=st.data(), fails=st.integers(0, 9))
+    def work(self, data: st.DataObject, fails: int) -> None:
+        busy = [i for i, held in self.at.items() if held]
+        if not busy:
+            return
+        instance = data.draw(st.sampled_from(busy))
+        request_id = data.draw(st.sampled_from(sorted(self.at[instance])))
+        self.work_on(instance, request_id, fails == 0)
+
+    def work_on(self, instance: int, request_id: int, fails: bool) -> None:
+        held = self.at[instance]
+        held[request_id] -= 1
+        if fails:
+            del held[request_id]
+            self.report(instance, Response(request_id=request_id, is_final=True, error="broken",
+                                           finish_reason="error"))
+        elif held[request_id] == 0:
+            del held[request_id]
+            self.report(instance, last(request_id))
+        elif self.rank0.views[instance].role is Role.CONTEXT:
+            del held[request_id]
+            self.context_of[request_id] = instance
+            self.offers[instance].add(request_id)
+            self.report(instance, context_done(request_id))
+        else:
+            self.report(instance, token(request_id))
+
+    def report(self, instance: int, response: Response) -> None:
+        self.rank0.dispatcher.on_step(Step(instance, [response], 0))
+
+    @invariant()
+    def nothing_is_promised_twice(self) -> None:
+        for view in self.rank0.views:
+            assert 0 <= view.free_blocks <= LIMITS.num_blocks
+            assert view.num_requests >= 0 and view.pending_context_tokens >= 0
+            if view.role.does_generation:
+                assert view.num_requests <= LIMITS.max_batch_size
+                held = sum(e.num_blocks for e in self.rank0.entries.values() if e.generation is view)
+                assert held == LIMITS.num_blocks - view.free_blocks
+        assert self.admitted == sorted(self.admitted) or len(self.rank0.views) > 2
+        for sink in self.sinks.values():
+            assert len(sink.ends) <= 1
+            if sink.ends:
+                assert sink.responses[-1].finish_reason is not None
+
+    def teardown(self) -> None:
+        if not hasattr(self, "rank0"):
+            return
+        for _ in range(2000):
+            self.turn()
+            while self.wire:
+                self.deliver()
+            for instance, held in self.at.items():
+                for request_id in list(held):
+                    self.work_on(instance, request_id, False)
+            if not self.rank0.dispatcher.num_open and not self.rank0.dispatcher._drops:
+                break
+        assert all(len(sink.ends) == 1 for sink in self.sinks.values())
+        assert not any(self.offers.values()), "every offer was pulled or dropped"
+        self.rank0.assert_over()
+
+
+TestInterleavings = Interleavings.TestCase
+TestInterleavings.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+
+
+@given(st.integers(1, 200), st.integers(1, 200))
+def test_blocks_for_a_request_hold_all_it_can_use(prompt: int, most: int) -> None:
+    count = blocks_needed(LIMITS, prompt, most)
+    assert (count - 1) * 4 < prompt + most - 1 <= count * 4
