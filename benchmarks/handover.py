@@ -11,6 +11,7 @@ import json
 import random
 import statistics
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def main(target: Path) -> None:
         pool = own if way == "mpi" else shared.pool
         transceiver = Transceiver(rank, MpiChannel(comms[0], bell), MpiTransport(comms[1], pool, LAYOUT),
                                   LAYOUT, pool=way if way == "shared" else f"{way}{rank}", use_shared=True)
-        thread = ProgressThread(transceiver, bell, lambda: None)
+        is_over = threading.Event()
+        thread = ProgressThread(transceiver, bell, is_over.set)
         for name, num_tokens, scattered in CASES:
             source_table = table_of(num_tokens, scattered, 1)
             own_table = table_of(num_tokens, scattered, 2)
@@ -78,16 +80,19 @@ def main(target: Path) -> None:
                 world.Barrier()
                 if rank == 1:
                     world.send(transceiver.offer(turn, source_table, num_tokens), dest=2)
-                    while not transceiver.progress():
-                        time.sleep(0.0002)
+                    is_over.wait()
+                    is_over.clear()
+                    transceiver.progress()
                 elif rank == 2:
                     state = world.recv(source=1)
                     start = time.perf_counter()
                     transceiver.pull(turn, turn, state, own_table)
-                    events: list = []
-                    while not any(isinstance(event, Pulled) for event in events):
-                        events += transceiver.progress()
-                        time.sleep(0)
+                    events = transceiver.progress()  # in a shared pool it is over at once
+                    while not events:
+                        is_over.wait()
+                        is_over.clear()
+                        events = transceiver.progress()
+                    assert isinstance(events[0], Pulled)
                     if turn > 1:
                         times.append(time.perf_counter() - start)
                 world.Barrier()

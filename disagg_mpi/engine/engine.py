@@ -123,7 +123,7 @@ class Engine:
 
     def refuse(self, params: ContextPhaseParams) -> None:
         """Tell the context's instance that nothing will be pulled, so that it frees the blocks."""
-        with contextlib.suppress(msgspec.MsgspecError):  # a state that names no instance
+        with contextlib.suppress(RequestError):  # a state that names no instance
             self._transceiver.refuse(params.req_id, params.opaque_state)
 
     # ---- the step ----
@@ -226,7 +226,7 @@ class Engine:
         try:
             self._transceiver.pull(
                 sequence.id, params.req_id, params.opaque_state, sequence.block_ids)
-        except (RequestError, msgspec.MsgspecError) as error:
+        except RequestError as error:
             self.refuse(params)
             self.finish(sequence)
             self._dropped.append(Dropped(sequence, "error", f"the hand-over failed: {error}"))

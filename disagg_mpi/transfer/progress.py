@@ -30,6 +30,7 @@ class ProgressThread:
         self._wake = wake
         self._stopping = False
         transceiver.has_thread = True
+        transceiver.wake_thread = doorbell.ring_self
         self._thread = threading.Thread(target=self._run, name="disagg_mpi-handover", daemon=True)
         self._thread.start()
 
@@ -41,12 +42,9 @@ class ProgressThread:
 
     def _run(self) -> None:
         waiter = Waiter(self._doorbell)
-        was_over = False
         while not self._stopping:
-            is_over = self._transceiver.advance()
-            if is_over and not was_over:
+            if self._transceiver.advance():
                 self._wake()
                 waiter.worked()
-            was_over = is_over
             waiter.idle(urgent=self._transceiver.is_urgent,
                         transferring=self._transceiver.is_moving)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -43,6 +43,9 @@ SHARED = "shared"
 # between the calls cuts 14 GB/s to 0.1; a peer that is later than this is busy with something else.
 _SPIN_BYTES_PER_S = 1e9
 _SPIN_SECONDS = 0.005
+# Looks at such a transfer a round: each moves some fragments of 32 KiB, and a round of this module's
+# Python costs as much as ten of them. One look a round gives a tenth of the rate.
+_SPIN_LOOKS = 64
 
 
 class TransferState(msgspec.Struct, frozen=True, array_like=True):
@@ -120,6 +123,8 @@ class Transceiver:
         self._lock = threading.Lock()
         self.has_thread = False
         """Whether a progress thread advances this transceiver."""
+        self.wake_thread: Callable[[], None] = lambda: None
+        """Tells that thread that there is something to move."""
         self._offers: dict[int, _Offer] = {}
         self._pulls: dict[int, _Pull] = {}
         self._tags: set[int] = set()
@@ -156,11 +161,14 @@ class Transceiver:
 
         Raises :class:`RequestError` if the two pools cannot be matched.
         """
-        source = msgspec.msgpack.decode(state, type=TransferState)
+        source = _decode(state)
         layout = self._layout
         if not layout.same_block(source.layout):
             raise RequestError(f"the context's KV blocks ({source.layout}) and this instance's "
                                f"({layout}) differ")
+        needed = layout.blocks_for(source.num_tokens)
+        if len(block_ids) < needed:
+            raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")
         start = time.monotonic()
         kv_bytes = layout.kv_bytes(source.num_tokens)
         with self._lock:
@@ -174,6 +182,7 @@ class Transceiver:
             self._pulls[request_id] = _Pull(source.rank, source_id, transfer, tag, kv_bytes, start,
                                             _spin_until(kv_bytes))
             self._channel.send(source.rank, PullRequest(source_id, tag))
+        self.wake_thread()
 
     def abandon(self, request_id: int) -> bool:
         """Give up a pull; ``True`` if it was open (a :class:`Pulled` with ``abandoned`` follows)."""
@@ -181,13 +190,16 @@ class Transceiver:
             pull = self._pulls.get(request_id)
             if pull is not None:
                 pull.abandoned = True
-            return pull is not None or any(
-                isinstance(event, Pulled) and event.request_id == request_id
-                for event in self._done)
+                return True
+            for at, event in enumerate(self._done):
+                if isinstance(event, Pulled) and event.request_id == request_id:
+                    self._done[at] = msgspec.structs.replace(event, abandoned=True)
+                    return True
+            return False
 
     def refuse(self, source_id: int, state: bytes) -> None:
         """Tell the context side that its offer will not be pulled."""
-        source = msgspec.msgpack.decode(state, type=TransferState)
+        source = _decode(state)
         with self._lock:
             self._channel.send(source.rank, Release(source_id, None))
 
@@ -202,7 +214,7 @@ class Transceiver:
             return done
 
     def advance(self) -> bool:
-        """Take in messages and move transfers on; whether anything is over that waits to be taken."""
+        """Take in messages and move transfers on; whether anything is over that was not before."""
         with self._lock:
             return self._advance()
 
@@ -227,6 +239,7 @@ class Transceiver:
     # ---- inside; the lock is held ----
 
     def _advance(self) -> bool:
+        num_over = len(self._done)
         for rank, message in self._channel.poll():
             offer = self._offers.get(message.request_id)
             if offer is None:
@@ -237,29 +250,27 @@ class Transceiver:
                 offer.spin_until = _spin_until(self._layout.kv_bytes(offer.num_tokens))
             else:
                 offer.release = message
+        now = time.monotonic()
         for request_id, offer in list(self._offers.items()):
-            sent = offer.transfer is None or offer.transfer.done()
+            sent = offer.transfer is None or offer.transfer.done(_looks(now, offer.spin_until))
             if sent and offer.release is not None:
                 del self._offers[request_id]
                 self._done.append(Released(request_id, offer.release.exchanged))
         for request_id, pull in list(self._pulls.items()):
-            if pull.transfer.done():
+            if pull.transfer.done(_looks(now, pull.spin_until)):
                 del self._pulls[request_id]
                 self._tags.discard(pull.tag)
                 self._channel.send(pull.source, Release(pull.source_id, None))
                 self._done.append(Pulled(request_id, None, pull.abandoned,
                                          time.monotonic() - pull.start, pull.kv_bytes,
                                          pull.kv_bytes, self._transport.name))
-        return bool(self._done)
+        return len(self._done) > num_over
 
     def _exchange(
         self, source: TransferState, source_id: int, block_ids: Sequence[int]
     ) -> list[int]:
         """Take the context's blocks, give reserved ones in return; the blocks taken."""
         count = min(len(source.block_ids), len(block_ids))
-        needed = self._layout.blocks_for(source.num_tokens)
-        if count < needed:
-            raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")
         # Whatever the context holds beyond our reservation goes back with the exchange.
         given = [*block_ids[:count], *source.block_ids[count:]]
         self._channel.send(source.rank, Release(source_id, given))
@@ -274,6 +285,17 @@ class Transceiver:
         self._tags.add(tag)
         self._next_tag = (tag + 1) % (self._max_tag + 1)
         return tag
+
+
+def _decode(state: bytes) -> TransferState:
+    try:
+        return msgspec.msgpack.decode(state, type=TransferState)
+    except msgspec.MsgspecError as error:
+        raise RequestError(f"the context_phase_params are not of this executor: {error}") from None
+
+
+def _looks(now: float, spin_until: float) -> int:
+    return _SPIN_LOOKS if now < spin_until else 1
 
 
 def _spin_until(num_bytes: int) -> float:

@@ -25,8 +25,8 @@ Pool = npt.NDArray[np.uint8]
 class Transfer(Protocol):
     """Bytes on their way."""
 
-    def done(self) -> bool:
-        """Whether the blocks may be used (receive) or changed (send) again."""
+    def done(self, looks: int = 1) -> bool:
+        """Whether the blocks may be used (receive) or changed (send) again; looks so many times."""
         ...
 
 
@@ -84,8 +84,8 @@ class _MpiTransfer:
         # MPI keeps what it needs of a datatype until the transfer is complete.
         kind.Free()
 
-    def done(self) -> bool:
-        return self._request.Test()
+    def done(self, looks: int = 1) -> bool:
+        return any(self._request.Test() for _ in range(looks))
 
 
 class MemoryTransport:
@@ -152,7 +152,7 @@ class _MemoryTransfer:
         self._wire = wire
         self._key = key
 
-    def done(self) -> bool:
+    def done(self, looks: int = 1) -> bool:
         if not self.is_done:
             self._wire.deliver(self._key)
         return self.is_done

@@ -1,9 +1,9 @@
 """A whole job in one process: real engines on a tiny random model, no MPI.
 
 :class:`TinyModel` makes model directories with random weights. :class:`Job` lays instances out as a real job
-does, over a :class:`MemoryNetwork` and either one pool for all (blocks are exchanged) or one each (bytes are
-copied), and is driven by ``turn``. :class:`OrchestratedJob` puts the orchestrator's pump thread and one worker
-thread around it.
+does, over a :class:`MemoryNetwork` and either one pool for all (blocks are exchanged) or one each (bytes
+are copied), and is driven by ``turn``. :class:`OrchestratedJob` puts the orchestrator's pump thread and one
+worker thread around it.
 """
 
 from __future__ import annotations
@@ -273,7 +273,7 @@ class OrchestratedJob:
             while not self._stop.is_set() and not all(s.stopping for s in self.services):
                 if not self._may_run.wait(0.01):
                     continue
-                if any([service.turn() for service in self.services]):
+                if any(service.turn() for service in self.services):
                     self._bell.ring_self()
                     waiter.worked()
                 else:

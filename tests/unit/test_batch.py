@@ -195,7 +195,9 @@ def job(tiny_llama: Path) -> Iterator[OrchestratedJob]:
     job.close()
 
 
-def batch(job: OrchestratedJob, source: Path, target: Path, **changes: Any) -> tuple[BatchSummary, dict[str, Any]]:
+def batch(
+    job: OrchestratedJob, source: Path, target: Path, **changes: Any
+) -> tuple[BatchSummary, dict[str, Any]]:
     output = ResultFile(target)
     found = run_batch(job.orchestrator, source, output, DEFAULTS, **{"progress": False, **changes})
     output.close()

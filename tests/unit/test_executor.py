@@ -503,7 +503,8 @@ def bell() -> Iterator[Any]:
 
 def test_null_gives_every_request_its_tokens(bell: Any) -> None:
     null = NullExecutor(LIMITS, Waiter(bell))
-    null.enqueue_requests([executor_request(1, [0] * 4, max_tokens=12), executor_request(2, [0], max_tokens=1)])
+    null.enqueue_requests([executor_request(1, [0] * 4, max_tokens=12),
+                           executor_request(2, [0], max_tokens=1)])
     assert null.num_free_blocks == 16 - 4 - 1
     assert null.check_integrity(idle=True) != []
     responses = []

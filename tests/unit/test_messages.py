@@ -45,7 +45,8 @@ def test_every_message_comes_back_as_it_went(message: messages.Message) -> None:
     assert messages.decode(bytearray(data)) == message
 
 
-@pytest.mark.parametrize("data", [b"", b"\xc1", b"\x92\xa4Nope\x01", messages.encode(messages.Cancel([1]))[:-3]])
+@pytest.mark.parametrize("data", [
+    b"", b"\xc1", b"\x92\xa4Nope\x01", messages.encode(messages.Cancel([1]))[:-3]])
 def test_what_is_no_message_is_refused(data: bytes) -> None:
     with pytest.raises(msgspec.MsgspecError):
         messages.decode(data)

@@ -1,4 +1,4 @@
-"""Greedy tokens of tiny random models: the engine, chunked and batched, against transformers' own generate."""
+"""Greedy tokens of tiny random models: the engine, chunked and batched, against transformers' generate."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from inprocess import PATIENCE, VOCABULARY, Job, LetterTokenizer, OrchestratedJob
 
+from disagg_mpi.comm.messages import Cancel
 from disagg_mpi.errors import ConfigError, IntegrityError, JobFailed, RequestError
 from disagg_mpi.request import Request, Result, SamplingParams
 from disagg_mpi.topology import Role
@@ -146,19 +148,24 @@ def wait_for(condition: Callable[[], bool]) -> None:
 
 
 def test_leaving_the_results_early_cancels_the_rest(job: OrchestratedJob) -> None:
+    sent: list[Any] = []
+    job.network.on_send = lambda _source, _rank, message: sent.append(message)
+
     def run() -> None:
         for _ in job.orchestrator.generate(PROMPTS * 3, SamplingParams(max_tokens=60)):
             break
         wait_for(lambda: job.orchestrator.num_open == 0)
 
     within(run)
+    assert any(isinstance(message, Cancel) for message in sent)
     assert_clean(job)
 
 
 def test_texts_chats_and_requests_are_prompts(job: OrchestratedJob) -> None:
     prompts: list[Any] = ["hello", Request(messages=[{"role": "user", "content": "hello"}], id="chat"),
                           Request(prompt_token_ids=LetterTokenizer().encode("hello")),
-                          np.array(LetterTokenizer().encode("hello")), tuple(LetterTokenizer().encode("hello"))]
+                          np.array(LetterTokenizer().encode("hello")),
+                          tuple(LetterTokenizer().encode("hello"))]
     results = within(lambda: list(job.orchestrator.generate(prompts)))
     assert len({tuple(r.token_ids) for r in results}) == 1
     assert results[1].id == "chat"
@@ -391,10 +398,8 @@ def test_a_failing_pump_fails_everyone_and_hangs_nobody(job: OrchestratedJob) ->
 
     job.orchestrator._command(broken)
     late = []
-    try:
+    with contextlib.suppress(JobFailed):
         late.append(job.orchestrator.submit(PROMPTS[0], GREEDY))  # behind the fault, or after it
-    except JobFailed:
-        pass
     for handle in (*handles, *late):
         with pytest.raises(JobFailed, match="ZeroDivisionError: the pump's own fault"):
             within(lambda h=handle: h.result(PATIENCE))

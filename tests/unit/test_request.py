@@ -58,7 +58,7 @@ def test_good_sampling_parameters_travel(params: dict[str, Any]) -> None:
 
 
 def test_unknown_sampling_parameters_are_refused() -> None:
-    with pytest.raises(ConfigError, match="top_q.*Known keys"):
+    with pytest.raises(ConfigError, match=r"top_q.*Known keys"):
         convert({"top_q": 1}, SamplingParams, "here")
 
 

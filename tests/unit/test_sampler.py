@@ -166,7 +166,7 @@ def test_a_token_does_not_depend_on_the_batch(
 
 def test_other_seeds_indices_and_positions_draw_others() -> None:
     flat = [0.0] * VOCABULARY
-    base = dict(temperature=1.0)
+    base = {"temperature": 1.0}
     seeds = {sample(flat, sequence([1], [], seed=s, **base))[0].token for s in range(60)}
     indices = {sample(flat, sequence([1], [], i, seed=5, **base))[0].token for i in range(60)}
     positions = {sample(flat, sequence([1], [1] * n, seed=5, **base))[0].token for n in range(60)}
@@ -179,6 +179,14 @@ def test_a_token_without_probability_is_never_drawn() -> None:
     assert {s.token for s in sample([row] * 200, *many)} == {1, 3}
 
 
+@pytest.mark.parametrize(("point", "token"), [(0.0, 1), (1.0, 3)])
+def test_the_ends_of_the_distribution_are_tokens_that_have_a_part_in_it(
+        monkeypatch: pytest.MonkeyPatch, point: float, token: int) -> None:
+    monkeypatch.setattr("disagg_mpi.engine.sampler.uniform", lambda *_: point)
+    row = [-math.inf, 0.0, -math.inf, 0.0, -math.inf]
+    assert sample(row, sequence([1], [], temperature=1.0, seed=1))[0].token == token
+
+
 @pytest.mark.parametrize("temperature", [1e-300, 5e-324, 1e-30, 999999.0])
 def test_extreme_temperatures_are_no_accident(temperature: float) -> None:
     logits = [1.0, 50.0, -50.0, 49.0]
@@ -188,7 +196,7 @@ def test_extreme_temperatures_are_no_accident(temperature: float) -> None:
 
 def test_minimum_length_holds_back_the_end_just_that_long() -> None:
     logits = [9.0, 1.0, 8.0, 7.0]
-    params = dict(min_tokens=2, stop_token_ids=(2,))
+    params = {"min_tokens": 2, "stop_token_ids": (2,)}
     assert sample(logits, sequence([1], [], **params), eos=(0,))[0].token == 3
     assert sample(logits, sequence([1], [3], **params), eos=(0,))[0].token == 3
     assert sample(logits, sequence([1], [3, 3], **params), eos=(0,))[0].token == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -84,7 +85,7 @@ def test_pieces_are_the_tokens_once_each(case: tuple[KvLayout, list[int], list[i
 def test_runs_join_neighbours_and_nothing_else(blocks: list[int]) -> None:
     runs = runs_of(blocks)
     assert [b for first, count in runs for b in range(first, first + count)] == blocks
-    assert all(a + n != b for (a, n), (b, _) in zip(runs, runs[1:], strict=False))
+    assert all(a + n != b for (a, n), (b, _) in itertools.pairwise(runs))
 
 
 def test_sizes() -> None:
