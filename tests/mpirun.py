@@ -90,7 +90,7 @@ class MpiJob:
         out, err = self._files or (None, None)
         self.process = subprocess.Popen(
             [find_mpirun(), "-n", str(num_ranks), sys.executable, *argv],
-            stdin=stdin, stdout=out, stderr=err, env={**_environment(), **(env or {})},
+            stdin=stdin, stdout=out, stderr=err, env={**job_environment(), **(env or {})},
             # A session of its own: a test run's Ctrl-C is ours to pass on, in main().
             start_new_session=True,
             preexec_fn=(lambda: _make_controlling_terminal()) if terminal else None)
@@ -216,11 +216,11 @@ def find_mpirun() -> str:
 def mpi_family() -> str:
     """``openmpi`` or ``mpich`` (or another's first word), by what mpirun says about itself."""
     text = subprocess.run([find_mpirun(), "--version"], capture_output=True, text=True,
-                          env=_environment(), check=True).stdout
+                          env=job_environment(), check=True).stdout
     return "openmpi" if "Open MPI" in text else "mpich" if "HYDRA" in text else text.split()[0]
 
 
-def _environment() -> dict[str, str]:
+def job_environment() -> dict[str, str]:
     """What mpirun needs on a small machine and in a container; ranks set the rest themselves."""
     env = {**os.environ, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
            "PRTE_MCA_hwloc_default_binding_policy": "none"}

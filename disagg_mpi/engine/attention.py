@@ -93,7 +93,7 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    paged: StepLayout,
+    paged: StepLayout | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -103,6 +103,8 @@ def paged_attention(
 
     Returns ``[1, tokens, heads, head_dim]``, as transformers' own attention functions do.
     """
+    if paged is None:
+        raise ModelError(f"{type(module).__name__} does not pass on what paged attention needs")
     if softcap is not None or s_aux is not None:
         raise ModelError("softcapped logits and attention sinks are beyond the paged attention")
     layer: int = module.layer_idx  # type: ignore[assignment]

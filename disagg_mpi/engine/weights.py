@@ -43,6 +43,12 @@ def load_model(path: Path, dtype: str) -> nn.Module:
         if getattr(config, name, None):
             raise ModelError(f"{path}: {config.model_type} uses {what}, which the paged attention "
                              "does not do; supported are plain and sliding-window causal decoders")
+    rope = getattr(config, "rope_parameters", None) or {}
+    for each in (rope, *rope.values()):
+        # Their frequencies follow the longest position of a forward: of whoever else is in the step.
+        if isinstance(each, dict) and each.get("rope_type") in ("dynamic", "longrope"):
+            raise ModelError(f"{path}: {config.model_type} uses {each['rope_type']} rotary positions, "
+                             "which change with the length of the text and cannot be batched")
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(

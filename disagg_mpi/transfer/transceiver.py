@@ -43,9 +43,10 @@ SHARED = "shared"
 # between the calls cuts 14 GB/s to 0.1; a peer that is later than this is busy with something else.
 _SPIN_BYTES_PER_S = 1e9
 _SPIN_SECONDS = 0.005
-# Looks at such a transfer a round: each moves some fragments of 32 KiB, and a round of this module's
-# Python costs as much as ten of them. One look a round gives a tenth of the rate.
-_SPIN_LOOKS = 64
+# Looks at such a transfer a round, about 1 ms: each moves some fragments of 32 KiB, and a round of this
+# module's Python, with its turn for other threads, costs as much as many of them: 1 look a round gives
+# 1.6 GB/s, 64 give 6.2, 1000 give 11 (135 MiB, openmpi, memcpy 14 to 18).
+_SPIN_LOOKS = 1000
 
 
 class TransferState(msgspec.Struct, frozen=True, array_like=True):

@@ -106,7 +106,8 @@ def test_batch_reports_bad_lines_and_resumes_without_repeating(model: Path, tmp_
     job = run("run", "--input", str(questions), "--output", str(answers), "--check")
     assert job.returncode == 1, job.text
     found = {data["id"]: data for data in map(json.loads, answers.read_text().splitlines())}
-    assert {"q0", "q1", "q2", "q3", "m", "t"} == {name for name, data in found.items() if "error" not in data}
+    good = {name for name, data in found.items() if "error" not in data}
+    assert good == {"q0", "q1", "q2", "q3", "m", "t"}
     assert found["5"]["line"] == 5
     assert "used on line 2" in found["q1 (line 8)"]["error"]
     assert "temprature" in found["z"]["error"]
@@ -246,8 +247,8 @@ def test_usage_errors_are_one_line_and_code_2(
     job.assert_clean(in_mpi_init=True)
 
 
-@pytest.mark.parametrize("text", ["\x00\x01garbage = [", "contxt = 1", "context = 'many'", "[sampling]\ntop_p = 7",
-                                  "sampling = 3"])
+@pytest.mark.parametrize("text", [
+    "\x00\x01garbage = [", "contxt = 1", "context = 'many'", "[sampling]\ntop_p = 7", "sampling = 3"])
 def test_garbage_in_a_config_file(text: str, tmp_path: Path) -> None:
     config = tmp_path / "job.toml"
     config.write_text(text)

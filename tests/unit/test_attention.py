@@ -159,5 +159,7 @@ def test_what_it_cannot_do_is_refused_not_ignored(extra: dict[str, object]) -> N
     requests = Requests((4, 2), [2], [[0]])
     paged = StepLayout(requests.pool, [([0], 0, 2)])
     q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in requests.data[0])
+    with pytest.raises(ModelError, match="does not pass on"):
+        paged_attention(LAYER, q, k, v, None)
     with pytest.raises(ModelError, match="beyond the paged attention"):
         paged_attention(LAYER, q, k, v, None, paged=paged, **extra)

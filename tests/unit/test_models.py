@@ -84,6 +84,17 @@ def test_a_type_of_model_that_attention_cannot_serve_is_refused(tmp_path: Path) 
         load_model(path, "fp32")
 
 
+@pytest.mark.parametrize(("kind", "rope"), [
+    ("Llama", {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}),
+    ("Phi3", {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+              "long_factor": [2.0] * 4, "original_max_position_embeddings": 4096})])
+def test_positions_that_depend_on_the_batch_are_refused(
+        tmp_path: Path, kind: str, rope: dict[str, Any]) -> None:
+    path = save_tiny_model(tmp_path / "m", kind, rope_parameters=rope)
+    with pytest.raises(ModelError, match=f"{rope['rope_type']} rotary positions"):
+        load_model(path, "fp32")
+
+
 def test_weights_of_another_type_are_refused(tiny_llama: Path) -> None:
     with pytest.raises(ModelError, match=r"torch\.float32, torch\.bfloat16 is needed"):
         load_model(tiny_llama, "bf16")

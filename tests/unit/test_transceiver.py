@@ -296,8 +296,7 @@ def test_pools_that_do_not_match_are_refused(change: dict[str, Any]) -> None:
     pair.assert_over()
 
 
-@pytest.mark.parametrize("shared", [True, pytest.param(False, marks=pytest.mark.xfail(
-    strict=True, reason="transceiver: pull checks the room only where blocks are exchanged"))])
+@pytest.mark.parametrize("shared", [True, False])
 def test_too_few_reserved_blocks_are_refused(shared: bool) -> None:
     pair = Pair(shared=shared)
     state = pair.context.offer(7, [0, 1, 2], 10)
@@ -306,7 +305,6 @@ def test_too_few_reserved_blocks_are_refused(shared: bool) -> None:
     assert pair.generation.num_open == 0
 
 
-@pytest.mark.xfail(strict=True, reason="transceiver: pull lets msgspec's errors through")
 @pytest.mark.parametrize("state", [b"", b"nonsense", b"\x90"])
 def test_a_state_that_is_none_is_refused(state: bytes) -> None:
     pair = Pair(shared=False)
