@@ -168,8 +168,9 @@ def main(model: Path) -> str:
 
 
 if __name__ == "__main__":
-    os.environ.setdefault("OMP_NUM_THREADS", str(THREADS))
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    from disagg_mpi.comm import environment
+
+    environment.apply(num_threads=THREADS)
     import torch
 
     torch.set_num_threads(THREADS)

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from disagg_mpi.config import Instance, JobConfig
     from disagg_mpi.errors import (
         ConfigError,
-        DeadlineExceeded,
         DisaggError,
         InputError,
         IntegrityError,
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
         LayoutError,
         ModelError,
         MpiError,
-        RequestCancelled,
         RequestError,
         UsageError,
         WorldSizeError,
@@ -47,8 +45,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "disagg_mpi.config": ("Instance", "JobConfig"),
     "disagg_mpi.errors": (
-        "ConfigError", "DeadlineExceeded", "DisaggError", "InputError", "IntegrityError",
-        "JobFailed", "LayoutError", "ModelError", "MpiError", "RequestCancelled", "RequestError",
+        "ConfigError", "DisaggError", "InputError", "IntegrityError",
+        "JobFailed", "LayoutError", "ModelError", "MpiError", "RequestError",
         "UsageError", "WorldSizeError", "WorldTooLargeError", "WorldTooSmallError",
     ),
     "disagg_mpi.executor.base": ("Executor",),

@@ -58,14 +58,6 @@ class RequestError(DisaggError):
     """One request cannot be served; the job goes on."""
 
 
-class RequestCancelled(RequestError):
-    """The request was cancelled before it was done."""
-
-
-class DeadlineExceeded(RequestError):
-    """The request's end-to-end deadline passed before it was done."""
-
-
 class JobFailed(DisaggError):
     """The job cannot go on: a rank failed, or the orchestrator has shut down."""
 

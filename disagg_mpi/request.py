@@ -20,6 +20,12 @@ from disagg_mpi.errors import ConfigError
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 MAX_LOGPROBS = 20
+
+GIVEN_UP: dict[FinishReason, str] = {
+    "cancelled": "cancelled before it was done",
+    "deadline": "the deadline passed before it was done",
+}
+"""What the error says of a request that was given up for one of these reasons."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 

@@ -67,7 +67,6 @@ class Ready(Message, frozen=True):
     max_num_tokens: int
     max_model_len: int
     vocab_size: int
-    load_seconds: float = 0.0
     transports: dict[str, str] = {}
     """Name of a peer instance → how its KV-cache comes here."""
 

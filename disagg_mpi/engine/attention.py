@@ -108,15 +108,34 @@ def paged_attention(
     if softcap is not None or s_aux is not None:
         raise ModelError("softcapped logits and attention sinks are beyond the paged attention")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    keys, values = paged.pool.keys[layer], paged.pool.values[layer]
-    keys.index_copy_(0, paged.slots, key[0].transpose(0, 1).to(keys.dtype))
-    values.index_copy_(0, paged.slots, value[0].transpose(0, 1).to(values.dtype))
-    out = torch.empty(query.shape[2], query.shape[1], query.shape[3], dtype=query.dtype)
-    for part in paged.parts:
-        chunk = query[:, :, part.start : part.end]
-        k, v = _read(keys, part.runs, query.dtype), _read(values, part.runs, query.dtype)
-        out[part.start : part.end] = _attend(chunk, k, v, part, scaling, sliding_window)
+    out = attend(paged, layer, *(x[0].transpose(0, 1) for x in (query, key, value)),
+                 scaling=scaling, window=sliding_window)
     return out.unsqueeze(0), None
+
+
+def attend(
+    paged: StepLayout,
+    layer: int,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scaling: float | None = None,
+    window: int | None = None,
+) -> torch.Tensor:
+    """Write K and V ``[tokens, kv_heads, head_dim]`` to the pool, and attend over it.
+
+    ``query`` and the result are ``[tokens, heads, head_dim]``.
+    """
+    keys, values = paged.pool.keys[layer], paged.pool.values[layer]
+    keys.index_copy_(0, paged.slots, key.to(keys.dtype))
+    values.index_copy_(0, paged.slots, value.to(values.dtype))
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    for part in paged.parts:
+        k, v = _read(keys, part.runs, query.dtype), _read(values, part.runs, query.dtype)
+        out[part.start : part.end] = _attend(
+            query[part.start : part.end], k, v, part, scaling, window)
+    return out
 
 
 def _read(plane: torch.Tensor, runs: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
@@ -134,14 +153,14 @@ def _attend(
     scaling: float | None,
     window: int | None,
 ) -> torch.Tensor:
-    """``[1, heads, tokens, head_dim]`` to ``[tokens, heads, head_dim]``."""
-    _, heads, length, head_dim = query.shape
+    """One chunk: ``[tokens, heads, head_dim]``; ``key`` and ``value`` as :func:`_read` gives them."""
+    length, heads, head_dim = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
     if length == 1:
         if window is not None and part.kv_end > window:
             key, value = key[:, :, -window:], value[:, :, -window:]
-        folded = query.view(1, kv_heads, group, head_dim)
+        folded = query.reshape(1, kv_heads, group, head_dim)
         out = F.scaled_dot_product_attention(folded, key, value, scale=scaling)
         return out.view(1, heads, head_dim)
     if group > 1:
@@ -150,7 +169,8 @@ def _attend(
             for x in (key, value))
     mask = _mask(part, window)
     out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scaling)
+        query.transpose(0, 1).unsqueeze(0), key, value, attn_mask=mask, is_causal=mask is None,
+        scale=scaling)
     return out[0].transpose(0, 1)
 
 

@@ -101,7 +101,7 @@ class BlockManager:
             length = min(length, count - len(table))
             first = marked.find(b"\1" * length)
             if first < 0:
-                length = max(1, length // 2)
+                length = (length + 1) // 2
                 continue
             run = range(first, first + length)
             table.extend(run)

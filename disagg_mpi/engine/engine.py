@@ -225,7 +225,8 @@ class Engine:
         sequence.timing.queue = time.monotonic() - sequence.enqueued_at
         try:
             self._transceiver.pull(
-                sequence.id, params.req_id, params.opaque_state, sequence.block_ids)
+                sequence.id, params.req_id, params.opaque_state, sequence.block_ids,
+                sequence.num_prompt_tokens)
         except RequestError as error:
             self.refuse(params)
             self.finish(sequence)

@@ -2,8 +2,8 @@
 
 The model is built without memory and each parameter is then a view into the memory-mapped safetensors
 files, so all ranks of a host read the same physical pages: weights are held once a host, and loading
-costs a mapping, not a copy. The files must hold the type that is computed with; :func:`as_dtype`
-writes such a copy beside the cache once where they do not.
+costs a mapping, not a copy. The files must hold the type that is computed with; :func:`ensure_dtype
+<disagg_mpi.model.variants.ensure_dtype>` writes such a copy into the cache once where they do not.
 
 Linear layers go through oneDNN where torch has it: with the checkpoint's ``[out, in]`` weights as they
 are, one thread, the default model's layers take 28 against MKL's 45 ms for 8 tokens and 513 against
@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from disagg_mpi.engine import attention
+from disagg_mpi.engine.fused import FusedLlama
 from disagg_mpi.errors import ModelError
 from disagg_mpi.model.checkpoint import weight_files
 
@@ -62,7 +63,7 @@ def load_model(path: Path, dtype: str) -> nn.Module:
         if type(module) is nn.Linear and _has_onednn(dtype):
             module.__class__ = OneDnnLinear
     ready: nn.Module = model.eval().requires_grad_(False)
-    return ready
+    return FusedLlama(ready) if _has_onednn(dtype) and FusedLlama.fits(ready) else ready
 
 
 def _assign_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:

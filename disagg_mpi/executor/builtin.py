@@ -15,13 +15,8 @@ from disagg_mpi.engine.sequence import Sequence
 from disagg_mpi.executor.base import Executor, ExecutorLimits, IterationStats
 from disagg_mpi.executor.output import IncrementalDecoder, TextOutput
 from disagg_mpi.executor.validate import problem_with
-from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import GIVEN_UP, ContextPhaseParams, ExecutorRequest, FinishReason, Response
 from disagg_mpi.transfer.progress import ProgressThread
-
-_ERRORS: dict[str, str] = {
-    "cancelled": "cancelled before it was done",
-    "deadline": "the deadline passed before it was done",
-}
 
 
 class BuiltinExecutor(Executor):
@@ -45,7 +40,7 @@ class BuiltinExecutor(Executor):
         self._iteration = 0
 
     def cancel_request(self, request_id: int, reason: FinishReason = "cancelled") -> None:
-        self._engine.cancel(request_id, reason, _ERRORS.get(reason, reason))
+        self._engine.cancel(request_id, reason, GIVEN_UP.get(reason, reason))
 
     def drop_context(self, request_id: int) -> None:
         self._engine.drop_offer(request_id)

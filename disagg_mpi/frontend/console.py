@@ -12,9 +12,10 @@ from disagg_mpi.request import Request, Result, Timing
 
 
 def run_prompts(
-    orchestrator: Orchestrator, requests: Sequence[Request], out: TextIO = sys.stdout
+    orchestrator: Orchestrator, requests: Sequence[Request], out: TextIO | None = None
 ) -> list[Result]:
     """Answer all at once and print each, in order, as its text comes; then its summary."""
+    out = out or sys.stdout
     handles = [orchestrator.stream(request) for request in requests]
     results = []
     for request, handle in zip(requests, handles, strict=True):

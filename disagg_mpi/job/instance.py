@@ -10,8 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from disagg_mpi.comm import environment
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
@@ -171,7 +169,3 @@ def _hands_over_in_pool(world: World, config: JobConfig) -> bool:
         here & set(group.ranks) for group in world.topology.groups
         if group.role.does_generation and not group.role.does_context)
 
-
-def with_model(config: JobConfig, path: Path) -> JobConfig:
-    """``config`` with the model's resolved directory."""
-    return msgspec.structs.replace(config, model=str(path))

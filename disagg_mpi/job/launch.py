@@ -40,11 +40,18 @@ from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
 from disagg_mpi.orchestrator.table import InstanceView
 from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology, build_topology
+from disagg_mpi.transfer.transceiver import SHARED
+from disagg_mpi.transfer.transports import MpiTransport
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 Progress = Callable[[str], None]
+
+_WAYS = {
+    SHARED: "one shared pool on a host, 0 bytes to move",
+    MpiTransport.name: "MPI messages",
+}
 
 
 def start_mpi() -> MPI.Intracomm:
@@ -81,7 +88,7 @@ def launch(
             job.serve()
             yield None
             return
-        orchestrator = job.orchestrate()
+        orchestrator = job.orchestrate(progress or (lambda _line: None))
         try:
             yield orchestrator
         finally:
@@ -111,14 +118,13 @@ class _Job:
     """What this rank holds while the job runs."""
 
     def __init__(self, config: JobConfig, world: World, spec: ModelSpec | None, path: Path | None,
-                 pool: RankPool | None, executor: Executor | None, load_seconds: float) -> None:
+                 pool: RankPool | None, executor: Executor | None) -> None:
         self.config = config
         self.world = world
         self.spec = spec
         self.path = path
         self.pool = pool
         self.executor = executor
-        self.load_seconds = load_seconds
 
     def serve(self) -> None:
         """A leader's part until rank 0 says that it is over."""
@@ -126,19 +132,21 @@ class _Job:
         assert group is not None and self.executor is not None
         service = LeaderService(group.instance_id, self.executor, self.world.control,
                                 Waiter(self.world.doorbell))
-        service.announce(self.load_seconds, describe_transports(self.world, self.config, group))
+        service.announce(describe_transports(self.world, self.config, group))
         service.run()
 
-    def orchestrate(self) -> Orchestrator:
-        """Rank 0's part: wait until every leader is ready."""
+    def orchestrate(self, tell: Progress) -> Orchestrator:
+        """Rank 0's part: wait until every leader is ready, and say how they hand over."""
         tokenizer = load_tokenizer(self.path) if self.path is not None else None
         instances: list[InstanceView] = []
+        ways: set[str] = set()
         waiter = Waiter(self.world.doorbell)
         end = time.monotonic() + self.config.start_timeout
         while len(instances) < len(self.world.topology.groups):
             for rank, message in self.world.control.poll():
                 assert isinstance(message, Ready)
                 group = self.world.topology.groups[message.instance_id]
+                ways.update(message.transports.values())
                 instances.append(InstanceView(
                     group.instance_id, group.role, group.name, rank,
                     ExecutorLimits(message.num_blocks, message.tokens_per_block,
@@ -150,6 +158,8 @@ class _Job:
                 raise JobFailed(f"not ready within {self.config.start_timeout:g} s: {', '.join(late)}")
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
+        if ways:
+            tell("hand-over: " + " and ".join(_WAYS[way] for way in sorted(ways, reverse=True)))
         return Orchestrator(instances, self.world.control, self.world.doorbell, tokenizer)
 
     def close(self) -> None:
@@ -204,9 +214,8 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
         world, config, group, pool, path, spec))
     world.warm_up()
     guards.unlink_shared_segments()
-    seconds = time.monotonic() - start
-    tell(f"ready after {seconds:.1f} s")
-    return _Job(config, world, spec, path, pool, executor, seconds)
+    tell(f"ready after {time.monotonic() - start:.1f} s")
+    return _Job(config, world, spec, path, pool, executor)
 
 
 def _resolve(world: World, config: JobConfig) -> Path:

@@ -39,6 +39,8 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
     def check_memory(self, num_pools: int) -> None:
         """Raise :class:`ConfigError` if this host cannot hold ``num_pools`` pools."""
+        if not num_pools:  # rank 0 may be alone on its host
+            return
         free = available_bytes()
         needed = num_pools * (self.pool_bytes + RUNTIME_BYTES) + self.spec.parameter_bytes
         if free is None or needed <= free:

@@ -113,7 +113,9 @@ class SafetensorsWriter:
             header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [offset, end]}
             offset = end
         text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)  # the tensors start aligned, so that they can be mapped
+        # The tensors start at a cache line's boundary (8 bytes of length precede the text), so that
+        # kernels get aligned rows from a mapping.
+        text += b" " * (-(len(text) + 8) % 64)
         self._file = path.open("wb")
         self._file.write(len(text).to_bytes(8, "little") + text)
 

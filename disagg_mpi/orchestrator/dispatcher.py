@@ -20,12 +20,7 @@ from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Message, Step
 from disagg_mpi.executor.validate import blocks_needed, problem_with
 from disagg_mpi.orchestrator.router import pick_context, pick_generation
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
-from disagg_mpi.request import ExecutorRequest, FinishReason, RequestType, Response
-
-_ERRORS: dict[str, str] = {
-    "cancelled": "cancelled before it was done",
-    "deadline": "the deadline passed before it was done",
-}
+from disagg_mpi.request import GIVEN_UP, ExecutorRequest, FinishReason, RequestType, Response
 
 
 class Dispatcher:
@@ -67,7 +62,7 @@ class Dispatcher:
         if entry.state is State.QUEUED:
             self._queue.remove(entry)
             self._end(entry, Response(request_id=request_id, finish_reason=reason,
-                                      error=_ERRORS[reason]))
+                                      error=GIVEN_UP[reason]))
             return
         # Whoever has it now answers with its one final response once its blocks are free.
         holder = entry.context if entry.state is State.CONTEXT else entry.generation
@@ -180,7 +175,7 @@ class Dispatcher:
             # The cancel crossed the context's last step: the blocks wait there for nobody.
             self._drops.setdefault(instance.leader, []).append(entry.id)
             response.finish_reason = entry.cancel_reason
-            response.error = _ERRORS[entry.cancel_reason]
+            response.error = GIVEN_UP[entry.cancel_reason]
             self._end(entry, response)
         else:
             self._hand_over(entry, response)

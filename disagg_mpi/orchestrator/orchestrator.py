@@ -128,7 +128,7 @@ class Orchestrator:
         try:
             while True:
                 for index, prompt in itertools.islice(
-                        source, max(0, 4 * self.capacity - len(open_handles))):
+                        source, max(0, 4 * self.capacity - len(open_handles) - len(early))):
                     handle = self.submit(prompt, sampling)
                     open_handles[index] = handle
                     handle.add_done_callback(lambda h, index=index: done.put((index, h)))  # type: ignore[misc]

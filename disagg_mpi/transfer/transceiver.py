@@ -157,16 +157,23 @@ class Transceiver:
 
     # ---- generation side ----
 
-    def pull(self, request_id: int, source_id: int, state: bytes, block_ids: Sequence[int]) -> None:
+    def pull(
+        self, request_id: int, source_id: int, state: bytes, block_ids: Sequence[int],
+        num_tokens: int | None = None,
+    ) -> None:
         """Bring the KV-cache that ``state`` describes into ``block_ids``, which the caller reserved.
 
-        Raises :class:`RequestError` if the two pools cannot be matched.
+        ``num_tokens``: positions that it must hold. Raises :class:`RequestError` if it does not, or the
+        two pools cannot be matched.
         """
         source = _decode(state)
         layout = self._layout
         if not layout.same_block(source.layout):
             raise RequestError(f"the context's KV blocks ({source.layout}) and this instance's "
                                f"({layout}) differ")
+        if num_tokens not in (None, source.num_tokens):
+            raise RequestError(f"the context phase computed {source.num_tokens} tokens, the prompt has "
+                               f"{num_tokens}")
         needed = layout.blocks_for(source.num_tokens)
         if len(block_ids) < needed:
             raise RequestError(f"{needed} blocks to hand over, {len(block_ids)} reserved")

@@ -100,7 +100,8 @@ def test_batch_reports_bad_lines_and_resumes_without_repeating(model: Path, tmp_
     batch_file(questions, 4, 4)
     with questions.open("a") as file:
         file.write('not json\n{"id": "m", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}\n'
-                   '{"id": "t", "prompt_token_ids": [1, 2, 3], "max_tokens": 3}\n{"id": "q1", "prompt": "x"}\n'
+                   '{"id": "t", "prompt_token_ids": [1, 2, 3], "max_tokens": 3}\n'
+                   '{"id": "q1", "prompt": "x"}\n'
                    '{"id": "z", "prompt": "x", "temprature": 1}\n{"id": "long", "prompt_token_ids": ['
                    + "5, " * 9000 + "5]}\n")
     job = run("run", "--input", str(questions), "--output", str(answers), "--check")

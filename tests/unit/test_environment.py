@@ -148,8 +148,14 @@ def test_apply_returns_what_it_set(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"OMP_NUM_THREADS": "7"}
     added = environment.apply(env, num_threads=2)
     assert added == {"OMPI_MCA_mpi_yield_when_idle": "1", "MKL_NUM_THREADS": "2",
-                     "OMP_WAIT_POLICY": "passive"}
+                     "GOMP_SPINCOUNT": "2000"}
     assert env == added | {"OMP_NUM_THREADS": "7"}
+
+
+def test_threads_that_share_cores_do_not_spin() -> None:
+    assert environment.thread_environment(1, {})["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in environment.thread_environment(4, {})
+    assert "GOMP_SPINCOUNT" not in environment.thread_environment(4, {"OMP_WAIT_POLICY": "active"})
 
 
 def test_the_launcher_must_belong_to_the_library() -> None:

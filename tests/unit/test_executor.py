@@ -547,8 +547,8 @@ def served(bell: Any) -> tuple[Any, Any]:
 
 def test_the_leader_announces_its_limits(served: Any) -> None:
     service, rank0 = served
-    service.announce(1.5, {"context 0": "shared"})
-    assert rank0.poll() == [(1, Ready(3, 16, 4, 4, 8, 64, 10, 1.5, {"context 0": "shared"}))]
+    service.announce({"context 0": "shared"})
+    assert rank0.poll() == [(1, Ready(3, 16, 4, 4, 8, 64, 10, {"context 0": "shared"}))]
 
 
 def test_the_leader_sends_one_message_a_step(served: Any) -> None:

@@ -1,0 +1,140 @@
+"""The Llama family's forward in fewer, larger operations: the same arithmetic on the same weights.
+
+A generation step of a small model costs by the number of its operations. Here bias, SiLU, the gate's
+product and the residual's sum are done by the matrix product that precedes them (oneDNN's fused
+"pointwise" forms), and matrices that lie together in the checkpoint (gate and up in all; Q, K and V where
+the file was made for it, as the default model's) are multiplied as one, without a copy: the default
+model's generation step takes 32.5 instead of 37.6 ms on one thread, 28 instead of 31 on two.
+
+The model itself stays transformers': this class takes its parameters and its rotary embedding, and is
+chosen by itself for the architectures that it knows; all others run as they are.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from disagg_mpi.engine.attention import StepLayout, attend
+
+_FAMILY = ("llama", "mistral", "qwen2")
+
+
+class FusedLlama(nn.Module):
+    """Called as the model that it wraps, for packed steps only."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        config: Any = model.config
+        self.config = config
+        self._model: Any = model
+        self._heads = config.num_attention_heads
+        self._kv_heads = config.num_key_value_heads
+        self._eps = config.rms_norm_eps
+        self._layers: list[Any] = list(self._model.model.layers)  # type: ignore[arg-type, union-attr]
+        self._head_dim = self._layers[0].self_attn.head_dim
+        self._qkv = [_joined(a.q_proj, a.k_proj, a.v_proj) for a in (x.self_attn for x in self._layers)]
+        self._gate_up = [_joined(m.gate_proj, m.up_proj) for m in (x.mlp for x in self._layers)]
+
+    @staticmethod
+    def fits(model: nn.Module) -> bool:
+        """Whether ``model`` is one of the family, without what this path does not do."""
+        config: Any = model.config
+        return (config.model_type in _FAMILY and config.hidden_act == "silu"
+                and getattr(config, "sliding_window", None) is None
+                and all(layer.self_attn.head_dim % 2 == 0
+                        and getattr(layer.self_attn, "sliding_window", None) is None
+                        for layer in model.model.layers))  # type: ignore[union-attr]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        use_cache: bool,
+        logits_to_keep: torch.Tensor | int,
+        paged: StepLayout,
+    ) -> SimpleNamespace:
+        """``.logits`` ``[1, kept tokens, vocabulary]`` for ``input_ids`` ``[1, tokens]``."""
+        model = self._model.model
+        hidden = model.embed_tokens(input_ids)
+        cos, sin = (table[0].unsqueeze(1) for table in model.rotary_emb(hidden, position_ids))
+        hidden = hidden[0]
+        for index, layer in enumerate(self._layers):
+            hidden = self._layer(index, layer, hidden, cos, sin, paged)
+        kept = hidden[-logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[logits_to_keep]
+        logits = _linear(self._norm(kept, model.norm), self._model.lm_head)
+        return SimpleNamespace(logits=logits.unsqueeze(0))
+
+    def _layer(
+        self,
+        index: int,
+        layer: Any,
+        hidden: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        paged: StepLayout,
+    ) -> torch.Tensor:
+        attention, mlp = layer.self_attn, layer.mlp
+        normed = self._norm(hidden, layer.input_layernorm)
+        count = len(hidden)
+        joined = self._qkv[index]
+        qkv = _linear(normed, joined) if joined is not None else torch.cat(
+            [_linear(normed, part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
+        heads = qkv.view(count, -1, self._head_dim)
+        # One rotation for the heads of Q and K together.
+        both = _rotate(heads[:, : self._heads + self._kv_heads], cos, sin)
+        out = attend(paged, index, both[:, : self._heads], both[:, self._heads :],
+                     heads[:, self._heads + self._kv_heads :], scaling=attention.scaling)
+        hidden = _linear_and(out.view(count, -1), attention.o_proj, "add", hidden)
+        normed = self._norm(hidden, layer.post_attention_layernorm)
+        joined = self._gate_up[index]
+        if joined is not None:
+            gate, up = _linear(normed, joined).chunk(2, dim=-1)
+            product = F.silu(gate) * up
+        else:
+            product = _linear_and(normed, mlp.up_proj, "mul", _linear(normed, mlp.gate_proj, "swish"))
+        return _linear_and(product, mlp.down_proj, "add", hidden)
+
+    def _norm(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
+        return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, self._eps)
+
+
+def _joined(*layers: nn.Linear) -> nn.Linear | None:
+    """One layer for several whose matrices lie together in memory, over the same memory; else ``None``."""
+    weights = [layer.weight for layer in layers]
+    first = weights[0]
+    end = first.data_ptr()
+    for weight in weights:
+        if weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+    if any(w.untyped_storage().data_ptr() != first.untyped_storage().data_ptr() for w in weights):
+        return None  # neighbours by chance
+    rows = sum(len(weight) for weight in weights)
+    joined = nn.Linear(1, 1, bias=False, device="meta")
+    joined.weight = nn.Parameter(first.as_strided((rows, first.shape[1]), first.stride()), False)
+    biases: list[torch.Tensor] = [layer.bias for layer in layers if layer.bias is not None]
+    if biases:
+        joined.bias = nn.Parameter(torch.cat(biases), False)
+    return joined
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (Su et al. 2021) in the half-split form that checkpoints use."""
+    half = x.shape[-1] // 2
+    return torch.addcmul(x * cos, torch.cat((-x[..., half:], x[..., :half]), dim=-1), sin)
+
+
+def _linear(x: torch.Tensor, layer: nn.Linear, then: str = "none") -> torch.Tensor:
+    return torch.ops.mkldnn._linear_pointwise(  # type: ignore[no-any-return]
+        x, layer.weight, layer.bias, then, [], "")
+
+
+def _linear_and(x: torch.Tensor, layer: nn.Linear, then: str, other: torch.Tensor) -> torch.Tensor:
+    """``layer(x) + other`` or ``layer(x) * other``."""
+    return torch.ops.mkldnn._linear_pointwise.binary(  # type: ignore[no-any-return]
+        x, other, layer.weight, layer.bias, then)
