@@ -32,7 +32,8 @@ _found: dict[str, dict[str, list]] = {}
 @pytest.mark.model
 @pytest.mark.parametrize(("num_ranks", "layout"), LAYOUTS)
 def test_layout_gives_the_tokens_of_transformers(
-    num_ranks: int, layout: dict, model: Path, tmp_path: Path, request: pytest.FixtureRequest
+    num_ranks: int, layout: dict, model: Path, tmp_path: Path, request: pytest.FixtureRequest,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     truth = reference(model)
     questions, answers = tmp_path / "prompts.json", tmp_path / "answers.json"
@@ -46,9 +47,12 @@ def test_layout_gives_the_tokens_of_transformers(
     job.assert_clean()
     found = json.loads(answers.read_text())
     name = request.node.callspec.id
-    problems = [*compare(f"{name} batched", found["batched"], truth),
-                *compare(f"{name} alone", found["alone"], truth)]
-    assert not problems, "\n".join(problems)
+    for way in ("batched", "alone"):
+        problems, near_ties = compare(f"{name} {way}", found[way], truth)
+        with capsys.disabled():  # said even when the test passes
+            for text in near_ties:
+                print(f"\nnear-tie, allowed: {text}")
+        assert not problems, "\n".join(problems)
     for other, theirs in _found.items():
         assert found["sampled"] == theirs["sampled"], f"{name} and {other} draw differently"
         for kind in ("logits short", "logits long"):
