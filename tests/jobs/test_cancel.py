@@ -15,7 +15,7 @@ SCRIPT = Path(__file__).parent / "scripts" / "cancel.py"
 @pytest.mark.parametrize("layout", [
     pytest.param({"aggregated": 2}, id="aggregated"),
     pytest.param({"transport": "shared"}, id="shared"),
-    pytest.param({"transport": "mpi"}, id="messages"),  # "mpi" itself is a keyword of pytest-mpi, which skips it
+    pytest.param({"transport": "mpi"}, id="messages"),  # pytest-mpi skips what is named "mpi"
     # A pool so small that requests wait for one another.
     pytest.param({"transport": "mpi", "kv_tokens": 4096}, id="small-pool"),
 ])
