@@ -33,11 +33,10 @@ def ours(model: Path) -> Measure:
     from disagg_mpi.engine.runner import ModelRunner
     from disagg_mpi.engine.sampler import Sampler
     from disagg_mpi.engine.scheduler import Scheduler
-    from disagg_mpi.executor.base import ExecutorLimits
     from disagg_mpi.executor.builtin import BuiltinExecutor
     from disagg_mpi.model.checkpoint import read_model_spec
     from disagg_mpi.model.tokenizer import Detokenizer, Tokenizer
-    from disagg_mpi.request import ExecutorRequest, SamplingParams
+    from disagg_mpi.request import ExecutorLimits, ExecutorRequest, SamplingParams
     from disagg_mpi.transfer.layout import KvLayout
     from disagg_mpi.transfer.memory import private_pool
     from disagg_mpi.transfer.transceiver import Transceiver

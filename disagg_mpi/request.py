@@ -136,6 +136,17 @@ class RequestType(StrEnum):
     GENERATION_ONLY = "generation_only"
 
 
+class ExecutorLimits(msgspec.Struct, frozen=True):
+    """What an instance can take; the same for its whole life."""
+
+    num_blocks: int
+    tokens_per_block: int
+    max_batch_size: int
+    max_num_tokens: int
+    max_model_len: int
+    vocab_size: int
+
+
 class ContextPhaseParams(msgspec.Struct, frozen=True, array_like=True):
     """What a generation executor needs to go on where a context executor stopped."""
 

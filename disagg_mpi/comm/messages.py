@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from disagg_mpi.request import ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response
 
 CONTROL_TAG = 1
 """The only tag on a control communicator."""
@@ -58,15 +58,10 @@ class Shutdown(Message, frozen=True):
 
 
 class Ready(Message, frozen=True):
-    """An instance can take requests; its fixed limits."""
+    """An instance can take requests."""
 
     instance_id: int
-    num_blocks: int
-    tokens_per_block: int
-    max_batch_size: int
-    max_num_tokens: int
-    max_model_len: int
-    vocab_size: int
+    limits: ExecutorLimits
     transports: dict[str, str] = {}
     """Name of a peer instance → how its KV-cache comes here."""
 

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from disagg_mpi.comm.waiting import Waiter
-from disagg_mpi.request import ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response
 
 
 class IterationStats(msgspec.Struct, frozen=True):
@@ -29,17 +29,6 @@ class IterationStats(msgspec.Struct, frozen=True):
     num_free_blocks: int
     num_blocks: int
     seconds: float
-
-
-class ExecutorLimits(msgspec.Struct, frozen=True):
-    """What an instance can take."""
-
-    num_blocks: int
-    tokens_per_block: int
-    max_batch_size: int
-    max_num_tokens: int
-    max_model_len: int
-    vocab_size: int
 
 
 class Executor(ABC):

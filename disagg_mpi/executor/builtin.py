@@ -12,10 +12,17 @@ import msgspec
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.engine.engine import Dropped, Engine, NewToken
 from disagg_mpi.engine.sequence import Sequence
-from disagg_mpi.executor.base import Executor, ExecutorLimits, IterationStats
+from disagg_mpi.executor.base import Executor, IterationStats
 from disagg_mpi.executor.output import IncrementalDecoder, TextOutput
 from disagg_mpi.executor.validate import problem_with
-from disagg_mpi.request import GIVEN_UP, ContextPhaseParams, ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import (
+    GIVEN_UP,
+    ContextPhaseParams,
+    ExecutorLimits,
+    ExecutorRequest,
+    FinishReason,
+    Response,
+)
 from disagg_mpi.transfer.progress import ProgressThread
 
 

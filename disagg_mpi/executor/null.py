@@ -7,10 +7,11 @@ rank 0, the messages, the waiting. It hands nothing over.
 from __future__ import annotations
 
 from disagg_mpi.comm.waiting import Waiter
-from disagg_mpi.executor.base import Executor, ExecutorLimits, IterationStats
+from disagg_mpi.executor.base import Executor, IterationStats
 from disagg_mpi.executor.validate import blocks_needed, problem_with
 from disagg_mpi.request import (
     ContextPhaseParams,
+    ExecutorLimits,
     ExecutorRequest,
     FinishReason,
     PhaseTiming,

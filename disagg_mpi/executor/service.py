@@ -38,10 +38,8 @@ class LeaderService:
 
     def announce(self, transports: dict[str, str]) -> None:
         """Tell rank 0 that requests can come."""
-        limits = self._executor.limits
         self._channel.send(ORCHESTRATOR_RANK, Ready(
-            self._instance_id, limits.num_blocks, limits.tokens_per_block, limits.max_batch_size,
-            limits.max_num_tokens, limits.max_model_len, limits.vocab_size, transports))
+            self._instance_id, self._executor.limits, transports))
 
     def run(self) -> None:
         """Serve until told to stop, then finish what others still pull from here."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from disagg_mpi.engine.sequence import positions_needed
-from disagg_mpi.executor.base import ExecutorLimits
-from disagg_mpi.request import ExecutorRequest, RequestType
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, RequestType
 
 
 def blocks_needed(limits: ExecutorLimits, num_prompt_tokens: int, max_tokens: int) -> int:

@@ -4,7 +4,7 @@ Life of a process under ``launch``::
 
     before_mpi()                before MPI_Init: hooks, stacks on SIGUSR1, death with the launcher
     install(…)                  after MPI_Init: the hooks know the rank's label, and can abort
-    unlink_shared_segments()    after the warm-up: a killed job leaves nothing in /dev/shm
+    (segments.unlink_…)         after the warm-up: a killed job leaves nothing in /dev/shm
     leave()                     the job is over on this rank; the hooks stay until the process ends
     (exit)                      all ranks leave together, nobody waits for one that has failed
 
@@ -37,7 +37,6 @@ import contextlib
 import ctypes
 import faulthandler
 import os
-import re
 import signal
 import socket
 import sys
@@ -46,12 +45,12 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from disagg_mpi.comm.environment import launcher_context
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
+from disagg_mpi.job.segments import unlink_shared_segments
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -81,10 +80,6 @@ _DRAIN_SECONDS = 0.1
 # openmpi's mpirun prints five lines below ours when a rank exits with a code while others still run
 # (9 of 10 jobs), and nothing when that rank is the last (0 of 10): rank 0 exits this much later.
 _LAST_EXIT_SECONDS = 0.3
-
-# Files by which the ranks of a host share memory: openmpi's sm and one-sided segments, mpich, UCX.
-_SEGMENT_NAME = re.compile(
-    r"(sm_segment|vader_segment|osc_sm|osc_rdma)\.|mpich_shm_|mpich_shar_tmp|ucx_shm_posix_")
 
 _WATCHDOG = "disagg_mpi signals"
 _PR_SET_PDEATHSIG = 1
@@ -393,35 +388,6 @@ def _die_with_launcher() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it died before the request
         os._exit(EXIT_FAILED)
-
-
-# ---- shared memory -------------------------------------------------------------------------------
-
-
-def unlink_shared_segments() -> list[str]:
-    """Remove the names of the MPI shared memory files that this process has mapped; returns them.
-
-    Call it on every rank after the warm-up barrier, when every pair has been in contact and every
-    shared window exists. The mappings stay, transfers and the clean end need no names, and a job
-    that is killed leaves nothing in /dev/shm (one killed before this does, within MPI_Init above
-    all). What is mapped here is this job's for certain.
-    """
-    if sys.platform != "linux":
-        return []
-    unlinked = []
-    for path in mapped_segments(Path("/proc/self/maps").read_text()):
-        with contextlib.suppress(OSError):  # another rank of this host was first
-            os.unlink(path)
-            unlinked.append(path)
-    return unlinked
-
-
-def mapped_segments(maps: str) -> list[str]:
-    """The files by which MPI shares memory, and which still have a name, in a /proc/PID/maps."""
-    lines = (line.split(None, 5) for line in maps.splitlines())
-    paths = {fields[5] for fields in lines if len(fields) == 6}
-    return sorted(path for path in paths if _SEGMENT_NAME.match(os.path.basename(path))
-                  and not path.endswith(" (deleted)"))
 
 
 # ---- reporting -----------------------------------------------------------------------------------

@@ -15,10 +15,11 @@ from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.errors import LayoutError
-from disagg_mpi.executor.base import Executor, ExecutorLimits
+from disagg_mpi.executor.base import Executor
 from disagg_mpi.job.plan import MemoryPlan
 from disagg_mpi.job.world import World
 from disagg_mpi.model.checkpoint import ModelSpec
+from disagg_mpi.request import ExecutorLimits
 from disagg_mpi.topology import ORCHESTRATOR_RANK, Group
 from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.memory import SharedPool, check_shared_memory, private_pool

@@ -23,7 +23,7 @@ from disagg_mpi.comm.messages import Ready
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import JobFailed, LayoutError, MpiError
-from disagg_mpi.executor.base import Executor, ExecutorLimits
+from disagg_mpi.executor.base import Executor
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.job import guards
 from disagg_mpi.job.instance import (
@@ -35,6 +35,7 @@ from disagg_mpi.job.instance import (
     make_pool,
 )
 from disagg_mpi.job.plan import plan_memory
+from disagg_mpi.job.segments import unlink_shared_segments
 from disagg_mpi.job.world import World
 from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
@@ -148,10 +149,7 @@ class _Job:
                 group = self.world.topology.groups[message.instance_id]
                 ways.update(message.transports.values())
                 instances.append(InstanceView(
-                    group.instance_id, group.role, group.name, rank,
-                    ExecutorLimits(message.num_blocks, message.tokens_per_block,
-                                   message.max_batch_size, message.max_num_tokens,
-                                   message.max_model_len, message.vocab_size)))
+                    group.instance_id, group.role, group.name, rank, message.limits))
             if time.monotonic() > end:
                 ready = {instance.id for instance in instances}
                 late = [g.name for g in self.world.topology.groups if g.instance_id not in ready]
@@ -213,7 +211,7 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     executor = together(comm, lambda: None if group is None else make_executor(
         world, config, group, pool, path, spec))
     world.warm_up()
-    guards.unlink_shared_segments()
+    unlink_shared_segments()
     tell(f"ready after {time.monotonic() - start:.1f} s")
     return _Job(config, world, spec, path, pool, executor)
 

@@ -15,8 +15,7 @@ import time
 from enum import StrEnum
 from typing import Protocol
 
-from disagg_mpi.executor.base import ExecutorLimits
-from disagg_mpi.request import ExecutorRequest, FinishReason, Response, Timing
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response, Timing
 from disagg_mpi.topology import Role
 
 

@@ -25,12 +25,12 @@ from disagg_mpi.engine.engine import Engine
 from disagg_mpi.engine.runner import ModelRunner
 from disagg_mpi.engine.sampler import Sampler
 from disagg_mpi.engine.scheduler import Scheduler
-from disagg_mpi.executor.base import ExecutorLimits
 from disagg_mpi.executor.builtin import BuiltinExecutor
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
 from disagg_mpi.orchestrator.table import InstanceView
 from disagg_mpi.request import (
+    ExecutorLimits,
     ExecutorRequest,
     RequestType,
     Response,

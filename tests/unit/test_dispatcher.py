@@ -12,12 +12,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from inprocess import executor_request
 
 from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Step
-from disagg_mpi.executor.base import ExecutorLimits
 from disagg_mpi.executor.validate import blocks_needed
 from disagg_mpi.orchestrator.dispatcher import Dispatcher
 from disagg_mpi.orchestrator.router import pick_context, pick_generation
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
-from disagg_mpi.request import ContextPhaseParams, PhaseTiming, RequestType, Response
+from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, PhaseTiming, RequestType, Response
 from disagg_mpi.topology import Role
 
 LIMITS = ExecutorLimits(num_blocks=10, tokens_per_block=4, max_batch_size=3, max_num_tokens=8,

@@ -30,10 +30,9 @@ from disagg_mpi.comm.messages import (
     Step,
 )
 from disagg_mpi.comm.waiting import Waiter
-from disagg_mpi.executor.base import ExecutorLimits
 from disagg_mpi.executor.null import NullExecutor
 from disagg_mpi.executor.service import LeaderService
-from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, RequestType, Response
+from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, ExecutorRequest, RequestType, Response
 from disagg_mpi.topology import Role
 
 WAYS = pytest.mark.parametrize("shared", [True, False], ids=["exchanged", "copied"])
@@ -548,7 +547,7 @@ def served(bell: Any) -> tuple[Any, Any]:
 def test_the_leader_announces_its_limits(served: Any) -> None:
     service, rank0 = served
     service.announce({"context 0": "shared"})
-    assert rank0.poll() == [(1, Ready(3, 16, 4, 4, 8, 64, 10, {"context 0": "shared"}))]
+    assert rank0.poll() == [(1, Ready(3, ExecutorLimits(16, 4, 4, 8, 64, 10), {"context 0": "shared"}))]
 
 
 def test_the_leader_sends_one_message_a_step(served: Any) -> None:

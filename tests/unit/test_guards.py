@@ -13,7 +13,7 @@ import time
 import pytest
 
 from disagg_mpi.errors import JobFailed, WorldTooSmallError
-from disagg_mpi.job import guards
+from disagg_mpi.job import guards, segments
 
 MAPS = """\
 5634f000-5635a000 r--p 00000000 fe:00 123  /usr/bin/python3.11
@@ -29,7 +29,7 @@ MAPS = """\
 
 
 def test_only_segments_of_mpi_that_have_a_name_are_found() -> None:
-    assert guards.mapped_segments(MAPS) == [
+    assert segments.mapped_segments(MAPS) == [
         "/dev/shm/mpich_shm_7e8b083a_0", "/dev/shm/sm_segment.host.0.de160001.0"]
 
 

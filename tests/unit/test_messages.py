@@ -13,6 +13,7 @@ from disagg_mpi.comm.channel import MemoryNetwork
 from disagg_mpi.comm.waiting import Doorbell, Waiter
 from disagg_mpi.request import (
     ContextPhaseParams,
+    ExecutorLimits,
     ExecutorRequest,
     PhaseTiming,
     RequestType,
@@ -36,7 +37,7 @@ RESPONSE = Response(
 @pytest.mark.parametrize("message", [
     messages.Enqueue([REQUEST]), messages.Cancel([1, 2], "deadline"), messages.DropOffer([2**63 - 1]),
     messages.IntegrityCheck(3, False), messages.Shutdown(),
-    messages.Ready(1, 2, 3, 4, 5, 6, 7, {"context 0": "shared"}),
+    messages.Ready(1, ExecutorLimits(2, 3, 4, 5, 6, 7), {"context 0": "shared"}),
     messages.Step(0, [RESPONSE], 9), messages.IntegrityReport(3, 1, ["a"]),
     messages.PullRequest(2**63 - 1, 7), messages.Release(1), messages.Release(1, [4, 5]),
 ], ids=lambda message: type(message).__name__)

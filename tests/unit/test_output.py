@@ -9,10 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inprocess import VOCABULARY, executor_request, replace
 
-from disagg_mpi.executor.base import ExecutorLimits
 from disagg_mpi.executor.output import TextOutput
 from disagg_mpi.executor.validate import blocks_needed, problem_with
-from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, RequestType
+from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, ExecutorRequest, RequestType
 
 WORDS = ["a", "b", "ab", "ba", "", "c", "aab", "\n"]
 

@@ -15,7 +15,7 @@ import time
 
 from disagg_mpi.comm import environment
 from disagg_mpi.errors import WorldTooSmallError
-from disagg_mpi.job import guards
+from disagg_mpi.job import guards, segments
 
 how = sys.argv[1]
 victim = int(sys.argv[2]) if len(sys.argv) > 2 else 0
@@ -41,7 +41,7 @@ for other in range(size):
         world.Sendrecv(bytearray(65536), other, 0, bytearray(65536), other, 0)
 window = MPI.Win.Allocate_shared(1 << 20, 1, comm=world)
 world.Barrier()
-guards.unlink_shared_segments()
+segments.unlink_shared_segments()
 world.Barrier()
 if how == "clean":
     # Everything still works without the names.
