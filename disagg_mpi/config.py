@@ -53,8 +53,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     model: str | None = None
     """A directory, a GGUF file or a hub id; ``None`` is the default model."""
-    context: int | tuple[Instance, ...] = 1
-    generation: int | tuple[Instance, ...] = 1
+    context: int | tuple[Instance, ...] | None = None
+    """``None``: one, unless ``aggregated`` is given."""
+    generation: int | tuple[Instance, ...] | None = None
     aggregated: int | tuple[Instance, ...] = 0
     """Instances that do both phases; excludes ``context`` and ``generation``."""
     engine: EngineName = "torch"
@@ -92,6 +93,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 raise ConfigError(f"{name} is {value!r}; known are {', '.join(known)}")
         for name in ("context", "generation", "aggregated"):
             value = getattr(self, name)
+            if value is None:
+                continue
             if isinstance(value, int):
                 if isinstance(value, bool) or value < 0:
                     raise ConfigError(f"{name} is {value}; it is a number of instances, 0 or more")
@@ -103,7 +106,12 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                 if instance.tp < 1 or instance.pp < 1:
                     raise ConfigError(f"{name} names an instance with tp={instance.tp} "
                                       f"pp={instance.pp}; both must be at least 1")
-        if not self.instances("aggregated"):
+        if self.is_aggregated:
+            for name in ("context", "generation"):
+                if getattr(self, name) is not None:
+                    raise ConfigError(f"aggregated and {name} exclude each other: aggregated instances "
+                                      f"do both phases; leave {name} out")
+        else:
             for name in ("context", "generation"):
                 if not self.instances(name):
                     raise ConfigError(
@@ -118,7 +126,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The instances of ``role``: ``"context"``, ``"generation"`` or ``"aggregated"``."""
         if role != "aggregated" and self.is_aggregated:
             return ()
-        value: int | Sequence[Instance] = getattr(self, role)
+        value: int | Sequence[Instance] | None = getattr(self, role)
+        if value is None:
+            value = 1
         return (Instance(),) * value if isinstance(value, int) else tuple(value)
 
     @property

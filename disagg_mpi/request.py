@@ -84,7 +84,7 @@ class SamplingParams(
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
         need(0.0 <= self.temperature < 1e6, "temperature", "0 (greedy) or a positive number")
-        need(self.top_k >= 0, "top_k", "0 (all) or more")
+        need(0 <= self.top_k < 2**31, "top_k", "0 (all) or more, below 2**31")
         need(0.0 < self.top_p <= 1.0, "top_p", "above 0 and at most 1")
         need(0.0 < self.repetition_penalty < 1e6, "repetition_penalty", "a positive number")
         for name in ("presence_penalty", "frequency_penalty"):
@@ -145,6 +145,14 @@ class ExecutorLimits(msgspec.Struct, frozen=True):
     max_num_tokens: int
     max_model_len: int
     vocab_size: int
+
+
+class PoolBlocks(msgspec.Struct, frozen=True):
+    """The blocks that an instance has, free or owned, as runs (first block, count)."""
+
+    pool: str
+    """Name of the memory; instances with equal names share it."""
+    runs: list[tuple[int, int]]
 
 
 class ContextPhaseParams(msgspec.Struct, frozen=True, array_like=True):

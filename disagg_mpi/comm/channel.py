@@ -31,7 +31,7 @@ class Channel(Protocol):
 
     @property
     def num_pending(self) -> int:
-        """Sends that are not complete yet."""
+        """Messages that are not all sent, or not all here."""
         ...
 
     def flush(self, timeout: float) -> bool:
@@ -51,6 +51,9 @@ class MpiChannel:
         self._doorbell = doorbell
         self._status = MPI.Status()
         self._sends: deque[tuple[MPI.Request, bytes]] = deque()
+        # Large messages whose bytes are still coming: never waited for, or one slow sender would hold
+        # up what all the others have sent.
+        self._arriving: deque[tuple[int, MPI.Request, bytearray]] = deque()
 
     def send(self, rank: int, message: Message) -> None:
         data = encode(message)
@@ -66,24 +69,31 @@ class MpiChannel:
         return self._take() or self._take()
 
     def _take(self) -> list[tuple[int, Any]]:
-        received: list[tuple[int, Any]] = []
-        while True:
-            message = self._comm.Improbe(self._mpi.ANY_SOURCE, CONTROL_TAG, self._status)
-            if message is None:
-                return received
+        while message := self._comm.Improbe(self._mpi.ANY_SOURCE, CONTROL_TAG, self._status):
             buffer = bytearray(self._status.Get_count(self._mpi.BYTE))
-            message.Recv([buffer, self._mpi.BYTE])
-            received.append((self._status.Get_source(), decode(buffer)))
+            request = message.Irecv([buffer, self._mpi.BYTE])
+            self._arriving.append((self._status.Get_source(), request, buffer))
+        received: list[tuple[int, Any]] = []
+        held_up: set[int] = set()
+        for _ in range(len(self._arriving)):
+            source, request, buffer = item = self._arriving.popleft()
+            # In order for each sender: behind one that is still coming, its later ones wait.
+            if source not in held_up and request.Test():
+                received.append((source, decode(buffer)))
+            else:
+                held_up.add(source)
+                self._arriving.append(item)
+        return received
 
     @property
     def num_pending(self) -> int:
-        return len(self._sends)
+        return len(self._sends) + len(self._arriving)
 
     def flush(self, timeout: float) -> bool:
         end = time.monotonic() + timeout
         while self._sends and time.monotonic() < end:
             self._reap()
-            time.sleep(0.0005)
+            time.sleep(0.0002)
         return not self._sends
 
     def _reap(self) -> None:

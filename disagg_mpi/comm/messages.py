@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response
 
 CONTROL_TAG = 1
 """The only tag on a control communicator."""
@@ -44,10 +44,9 @@ class DropOffer(Message, frozen=True):
 
 
 class IntegrityCheck(Message, frozen=True):
-    """Say what you own; ``idle`` also demands that nothing is owned."""
+    """Say what you own; nothing should be, for nothing is running."""
 
     token: int
-    idle: bool = True
 
 
 class Shutdown(Message, frozen=True):
@@ -67,11 +66,10 @@ class Ready(Message, frozen=True):
 
 
 class Step(Message, frozen=True):
-    """What one step of an instance made, and how full it is."""
+    """What one step of an instance made."""
 
     instance_id: int
     responses: list[Response]
-    num_free_blocks: int
 
 
 class IntegrityReport(Message, frozen=True):
@@ -80,6 +78,7 @@ class IntegrityReport(Message, frozen=True):
     token: int
     instance_id: int
     problems: list[str]
+    pool: PoolBlocks | None = None
 
 
 # ---- instance ↔ instance: the hand-over ------------------------------------------------------------

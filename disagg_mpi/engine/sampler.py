@@ -2,7 +2,8 @@
 
 Randomness is a pure function of (seed, continuation, position): Philox, a counter-based generator
 (Salmon et al., SC'11), gives the one uniform number that a token is drawn with. No generator state
-exists, so none has to be handed over, and batches, layouts and restarts do not change a request's text.
+exists, so none has to be handed over, and batches, layouts and restarts do not change the numbers; the
+logits they meet differ in their last bits with the batch's shape, which hardly ever decides a draw.
 
 Order, as in the field: repetition penalty, presence and frequency penalty, minimum length, temperature,
 top-k, top-p. Log-probabilities are those of the raw logits.

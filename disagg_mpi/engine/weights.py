@@ -44,6 +44,11 @@ def load_model(path: Path, dtype: str) -> nn.Module:
         if getattr(config, name, None):
             raise ModelError(f"{path}: {config.model_type} uses {what}, which the paged attention "
                              "does not do; supported are plain and sliding-window causal decoders")
+    odd = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if odd:
+        raise ModelError(f"{path}: {config.model_type} has layers of kind {', '.join(sorted(odd))}, which "
+                         "keep state outside the KV-cache; supported are plain and sliding-window "
+                         "causal decoders")
     rope = getattr(config, "rope_parameters", None) or {}
     for each in (rope, *rope.values()):
         # Their frequencies follow the longest position of a forward: of whoever else is in the step.
@@ -57,13 +62,18 @@ def load_model(path: Path, dtype: str) -> nn.Module:
     except (ValueError, KeyError) as error:
         raise ModelError(f"{path}: {config.model_type} cannot run on the paged attention: "
                          f"{str(error).splitlines()[0]}") from None
+    if getattr(model, "_is_stateful", False):
+        raise ModelError(f"{path}: {config.model_type} keeps state outside the KV-cache; supported are "
+                         "plain and sliding-window causal decoders")
     _assign_weights(model, path, DTYPES[dtype])
     _fill_buffers(model, config)
     for module in model.modules():
         if type(module) is nn.Linear and _has_onednn(dtype):
             module.__class__ = OneDnnLinear
     ready: nn.Module = model.eval().requires_grad_(False)
-    return FusedLlama(ready) if _has_onednn(dtype) and FusedLlama.fits(ready) else ready
+    # In bf16 its fewer roundings would give other tokens than transformers' modules do.
+    fits = dtype == "fp32" and _has_onednn(dtype) and FusedLlama.fits(ready)
+    return FusedLlama(ready) if fits else ready
 
 
 def _assign_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from disagg_mpi.comm.waiting import Waiter
-from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response
 
 
 class IterationStats(msgspec.Struct, frozen=True):
@@ -99,6 +99,10 @@ class Executor(ABC):
 
         ``idle``: also name whatever is still owned or open.
         """
+
+    def pool_blocks(self) -> PoolBlocks | None:
+        """Which blocks of which pool are this instance's; ``None`` without a pool."""
+        return None
 
     @abstractmethod
     def shutdown(self, timeout: float = 30.0) -> None:

@@ -21,6 +21,7 @@ from disagg_mpi.request import (
     ExecutorLimits,
     ExecutorRequest,
     FinishReason,
+    PoolBlocks,
     Response,
 )
 from disagg_mpi.transfer.progress import ProgressThread
@@ -63,6 +64,9 @@ class BuiltinExecutor(Executor):
             problems.append(f"the text of {len(self._texts)} requests is still kept")
         return problems
 
+    def pool_blocks(self) -> PoolBlocks | None:
+        return self._engine.pool_blocks()
+
     def shutdown(self, timeout: float = 30.0) -> None:
         end = time.monotonic() + timeout
         while self._engine.num_open and time.monotonic() < end:
@@ -74,6 +78,7 @@ class BuiltinExecutor(Executor):
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()
+        self._engine.close()
 
     @property
     def is_moving(self) -> bool:

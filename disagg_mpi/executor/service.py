@@ -23,6 +23,9 @@ from disagg_mpi.comm.waiting import ACTIVE_SLEEP, Waiter
 from disagg_mpi.executor.base import Executor
 from disagg_mpi.topology import ORCHESTRATOR_RANK
 
+# How long a step may wait for its message to be taken; small ones are gone at once.
+_SEND_SECONDS = 0.002
+
 
 class LeaderService:
     """Serves one executor to the orchestrator. ``turn`` is one round; ``run`` repeats it."""
@@ -60,8 +63,9 @@ class LeaderService:
         worked = self._executor.advance()
         responses = self._executor.take_ready()
         if responses:
-            self._channel.send(ORCHESTRATOR_RANK, Step(
-                self._instance_id, responses, self._executor.num_free_blocks))
+            self._channel.send(ORCHESTRATOR_RANK, Step(self._instance_id, responses))
+            # A large message (logits) moves only while we call MPI, and the next step is long.
+            self._channel.flush(timeout=_SEND_SECONDS)
         return bool(messages or worked or responses)
 
     def _take(self, message: object) -> None:
@@ -84,8 +88,8 @@ class LeaderService:
     def _report_integrity(self, check: IntegrityCheck) -> None:
         # A release may still be on its way to us although its request is over: give it a moment.
         end = time.monotonic() + 2.0
-        while (problems := self._executor.check_integrity(check.idle)) and time.monotonic() < end:
+        while (problems := self._executor.check_integrity(idle=True)) and time.monotonic() < end:
             self._executor.advance()
             time.sleep(ACTIVE_SLEEP)
         self._channel.send(ORCHESTRATOR_RANK, IntegrityReport(
-            check.token, self._instance_id, problems))
+            check.token, self._instance_id, problems, self._executor.pool_blocks()))

@@ -11,6 +11,7 @@ aborts all (see ``guards``).
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,11 +90,21 @@ def launch(
             job.serve()
             yield None
             return
-        orchestrator = job.orchestrate(progress or (lambda _line: None))
+        try:
+            orchestrator = job.orchestrate(progress or (lambda _line: None))
+        except BaseException as error:
+            guards.fatal(job.world.label, error)  # the leaders already serve, and nobody would end them
         try:
             yield orchestrator
         finally:
-            orchestrator.close()
+            _close(orchestrator, job.world.label)
+
+
+def _close(orchestrator: Orchestrator, label: str) -> None:
+    try:
+        orchestrator.close()
+    except JobFailed as error:
+        guards.fatal(label, error)  # leaders that do not listen would not come to the collective end
 
 
 @contextmanager
@@ -142,7 +153,6 @@ class _Job:
         instances: list[InstanceView] = []
         ways: set[str] = set()
         waiter = Waiter(self.world.doorbell)
-        end = time.monotonic() + self.config.start_timeout
         while len(instances) < len(self.world.topology.groups):
             for rank, message in self.world.control.poll():
                 assert isinstance(message, Ready)
@@ -150,10 +160,6 @@ class _Job:
                 ways.update(message.transports.values())
                 instances.append(InstanceView(
                     group.instance_id, group.role, group.name, rank, message.limits))
-            if time.monotonic() > end:
-                ready = {instance.id for instance in instances}
-                late = [g.name for g in self.world.topology.groups if g.instance_id not in ready]
-                raise JobFailed(f"not ready within {self.config.start_timeout:g} s: {', '.join(late)}")
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
         if ways:
@@ -177,7 +183,8 @@ def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
     guards.install(comm, lambda: topology.label(comm.rank), is_root)
     try:
         tell = progress if is_root and progress is not None else lambda _line: None
-        job = _start(config, topology, comm, tell)
+        with _time_limit(config.start_timeout, topology.label(comm.rank)):
+            job = _start(config, topology, comm, tell)
         try:
             yield job
         except BaseException as error:
@@ -189,6 +196,19 @@ def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
         job.close()
     finally:
         guards.leave()
+
+
+@contextmanager
+def _time_limit(seconds: float, label: str) -> Iterator[None]:
+    """End the job if the start takes longer: a rank that hangs would keep all in a collective for ever."""
+    error = JobFailed(f"not ready within {seconds:g} s (start_timeout); kill -USR1 shows where a rank is")
+    timer = threading.Timer(seconds, guards.fatal, (label, error))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Progress) -> _Job:
@@ -226,8 +246,8 @@ def _resolve(world: World, config: JobConfig) -> Path:
 
     path = from_root(world.comm, resolve)
     is_first_here = world.rank == world.host_ranks[0]
-    together(world.comm, lambda: resolve() if is_first_here and not path.exists() else path)
-    return path
+    own = together(world.comm, lambda: resolve() if is_first_here and not path.exists() else path)
+    return world.host.bcast(own)  # type: ignore[no-any-return]
 
 
 def _check_shapes(topology: Topology) -> None:

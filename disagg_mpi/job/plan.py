@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
 
 import msgspec
@@ -50,7 +51,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         advice = (f"give --kv-tokens {room // per_token // 1024 * 1024}" if room > 1024 * per_token
                   else "use fewer instances on this host, or a smaller model")
         raise ConfigError(
-            f"{num_pools} instances on this host need {needed / 2**30:.1f} GiB "
+            f"host {socket.gethostname()}: {num_pools} instances need {needed / 2**30:.1f} GiB "
             f"({num_pools} pools of {self.kv_tokens} tokens, {self.pool_bytes / 2**30:.2f} GiB each, "
             f"and {self.spec.parameter_bytes / 2**30:.2f} GiB of weights); "
             f"{free / 2**30:.1f} GiB are available: {advice}")

@@ -28,8 +28,8 @@ from disagg_mpi.comm.waiting import RINGABLE_SLEEP, Doorbell, Waiter
 from disagg_mpi.errors import DisaggError, IntegrityError, JobFailed, RequestError
 from disagg_mpi.orchestrator.dispatcher import Dispatcher
 from disagg_mpi.orchestrator.handle import RequestHandle
-from disagg_mpi.orchestrator.table import Entry, InstanceView
-from disagg_mpi.request import ExecutorRequest, Request, Result, SamplingParams
+from disagg_mpi.orchestrator.table import Entry, InstanceView, find_shared_blocks
+from disagg_mpi.request import ExecutorRequest, PoolBlocks, Request, Result, SamplingParams
 
 Prompt = str | Sequence[int] | Request
 
@@ -200,6 +200,7 @@ class Orchestrator:
         except queue.Empty:
             raise JobFailed(f"the orchestrator did not answer within {timeout:g} s; "
                             f"{self._failure or 'it has ended'}") from self._failure
+        holdings: list[tuple[str, PoolBlocks]] = []
         for answered in range(len(self._leaders)):
             try:
                 report = reports.get(timeout=max(0.0, end - time.monotonic()))
@@ -209,7 +210,10 @@ class Orchestrator:
                 break
             name = self._dispatcher.instance_name(report.instance_id)
             problems += [f"{name}: {problem}" for problem in report.problems]
+            if report.pool is not None:
+                holdings.append((name, report.pool))
         self._checks.pop(token, None)
+        problems += find_shared_blocks(holdings)
         if problems:
             raise IntegrityError("; ".join(problems))
 

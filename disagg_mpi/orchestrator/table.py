@@ -11,11 +11,13 @@ An aggregated instance takes CONTEXT straight to GENERATION. An :class:`Entry` i
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Protocol
 
-from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, Response, Timing
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response, Timing
 from disagg_mpi.topology import Role
 
 
@@ -105,3 +107,17 @@ class Entry:
             timing.second_token = self.second_token_at - self.first_token_at
             timing.tpot = (self.last_token_at - self.first_token_at) / (self.num_tokens - 1)
         return timing
+
+
+def find_shared_blocks(holdings: Iterable[tuple[str, PoolBlocks]]) -> list[str]:
+    """Blocks that two instances both take for theirs, in words.
+
+    Each instance's own books can be right and still name a block of another's; with the counts that each
+    checks by itself, disjoint means that no block is lost either.
+    """
+    problems = []
+    runs = sorted((held.pool, first, count, name) for name, held in holdings for first, count in held.runs)
+    for (pool, first, count, name), (other_pool, other_first, _, other) in itertools.pairwise(runs):
+        if pool == other_pool and other_first < first + count:
+            problems.append(f"block {other_first} of pool {pool} is both {name}'s and {other}'s")
+    return problems

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import mmap
 import shutil
+import socket
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -57,6 +58,6 @@ def check_shared_memory(num_bytes: int) -> None:
         return
     if free < num_bytes:
         raise ConfigError(
-            f"the KV pool of this host needs {num_bytes / 2**20:.0f} MiB of shared memory and "
-            f"{SHARED_MEMORY_FOLDER} has {free / 2**20:.0f} MiB free; give the container more "
+            f"host {socket.gethostname()}: the KV pool needs {num_bytes / 2**20:.0f} MiB of shared memory "
+            f"and {SHARED_MEMORY_FOLDER} has {free / 2**20:.0f} MiB free; give the container more "
             "(docker run --shm-size), lower --kv-tokens, or use --transport mpi")

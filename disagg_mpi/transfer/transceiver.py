@@ -31,7 +31,7 @@ import msgspec
 
 from disagg_mpi.comm.channel import Channel
 from disagg_mpi.comm.messages import PullRequest, Release
-from disagg_mpi.errors import RequestError
+from disagg_mpi.errors import IntegrityError, RequestError
 from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.transports import Transfer, Transport
 
@@ -117,7 +117,7 @@ class Transceiver:
         self._channel = channel
         self._transport = transport
         self._layout = layout
-        self._pool = pool
+        self.pool = pool
         self._use_shared = use_shared
         self._max_tag = max_tag
         self._next_tag = 0
@@ -142,7 +142,7 @@ class Transceiver:
         with self._lock:
             self._offers[request_id] = _Offer(list(block_ids), num_tokens)
         return msgspec.msgpack.encode(
-            TransferState(self._rank, self._pool, self._layout, list(block_ids), num_tokens))
+            TransferState(self._rank, self.pool, self._layout, list(block_ids), num_tokens))
 
     def has_offer(self, request_id: int) -> bool:
         return request_id in self._offers
@@ -180,7 +180,7 @@ class Transceiver:
         start = time.monotonic()
         kv_bytes = layout.kv_bytes(source.num_tokens)
         with self._lock:
-            if self._use_shared and source.pool == self._pool:
+            if self._use_shared and source.pool == self.pool:
                 taken = self._exchange(source, source_id, block_ids)
                 self._done.append(Pulled(request_id, taken, False, time.monotonic() - start, 0,
                                          kv_bytes, SHARED))
@@ -244,6 +244,10 @@ class Transceiver:
     def num_open(self) -> int:
         return len(self._offers) + len(self._pulls) + len(self._done)
 
+    def close(self) -> None:
+        """The end; nothing may be open."""
+        self._transport.close()
+
     # ---- inside; the lock is held ----
 
     def _advance(self) -> bool:
@@ -251,7 +255,8 @@ class Transceiver:
         for rank, message in self._channel.poll():
             offer = self._offers.get(message.request_id)
             if offer is None:
-                continue  # dropped here while the message was on its way
+                _check_unknown(rank, message)
+                continue
             if isinstance(message, PullRequest):
                 offer.transfer = self._transport.send(
                     rank, message.tag, offer.block_ids, offer.num_tokens)
@@ -293,6 +298,18 @@ class Transceiver:
         self._tags.add(tag)
         self._next_tag = (tag + 1) % (self._max_tag + 1)
         return tag
+
+
+def _check_unknown(rank: int, message: PullRequest | Release) -> None:
+    """A message for no open offer: harmless if it only lets go, else somebody's tokens would be wrong.
+
+    It takes a second use of the same ``context_phase_params``, or a use after they were given up: rank 0
+    never does either, a script that leads executors by hand may.
+    """
+    if isinstance(message, PullRequest) or message.exchanged is not None:
+        raise IntegrityError(
+            f"rank {rank} pulls request {message.request_id}, whose context is no longer held here; "
+            "context_phase_params are good for one generation request")
 
 
 def _decode(state: bytes) -> TransferState:

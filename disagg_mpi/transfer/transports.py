@@ -41,6 +41,10 @@ class Transport(Protocol):
         self, rank: int, tag: int, block_ids: Sequence[int], num_tokens: int
     ) -> Transfer: ...
 
+    def close(self) -> None:
+        """Give back what it holds of MPI; no transfer may be open."""
+        ...
+
 
 class MpiTransport:
     """Point-to-point MPI on a communicator of its own: one message a transfer, however many blocks.
@@ -105,6 +109,9 @@ class MemoryTransport:
     def receive(self, rank: int, tag: int, block_ids: Sequence[int], num_tokens: int) -> Transfer:
         side = self._side(block_ids, num_tokens)
         return self._network.offer((rank, self._rank, tag), "receive", side)
+
+    def close(self) -> None:
+        """There is nothing to give back."""
 
     def _side(self, block_ids: Sequence[int], num_tokens: int) -> list[npt.NDArray[np.uint8]]:
         offsets, counts = self._layout.pieces(block_ids, num_tokens)

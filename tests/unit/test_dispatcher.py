@@ -68,7 +68,7 @@ class Rank0:
         return list(self.sent)
 
     def step(self, instance: int, *responses: Response) -> list[tuple[int, Any]]:
-        self.dispatcher.on_step(Step(instance, list(responses), 0))
+        self.dispatcher.on_step(Step(instance, list(responses)))
         return self.turn()
 
     def assert_over(self) -> None:
@@ -238,7 +238,7 @@ def test_a_cancel_in_the_turn_of_the_hand_over_comes_after_it() -> None:
     rank0 = Rank0()
     rank0.submit(1)
     rank0.turn()
-    rank0.dispatcher.on_step(Step(0, [context_done(1)], 0))
+    rank0.dispatcher.on_step(Step(0, [context_done(1)]))
     rank0.dispatcher.cancel(1)
     assert [(leader, type(m)) for leader, m in rank0.turn()] == [(11, Enqueue), (11, Cancel)]
 
@@ -413,7 +413,7 @@ class Interleavings(RuleBasedStateMachine):
             self.report(instance, token(request_id))
 
     def report(self, instance: int, response: Response) -> None:
-        self.rank0.dispatcher.on_step(Step(instance, [response], 0))
+        self.rank0.dispatcher.on_step(Step(instance, [response]))
 
     @invariant()
     def nothing_is_promised_twice(self) -> None:

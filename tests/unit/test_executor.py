@@ -558,7 +558,6 @@ def test_the_leader_sends_one_message_a_step(served: Any) -> None:
     ((_, step),) = rank0.poll()
     assert isinstance(step, Step)
     assert (step.instance_id, [r.request_id for r in step.responses]) == (3, [1, 2, 3])
-    assert step.num_free_blocks == 13
     rank0.send(1, Cancel([1], "deadline"))
     rank0.send(1, DropOffer([9]))
     service.turn()
@@ -581,6 +580,6 @@ def test_the_leader_reports_its_books_and_leaves_when_told(served: Any) -> None:
 
 def test_the_leader_takes_no_message_that_is_not_for_it(served: Any) -> None:
     service, rank0 = served
-    rank0.send(1, Step(0, [], 0))
+    rank0.send(1, Step(0, []))
     with pytest.raises(TypeError, match="takes no Step"):
         service.turn()

@@ -36,9 +36,9 @@ RESPONSE = Response(
 
 @pytest.mark.parametrize("message", [
     messages.Enqueue([REQUEST]), messages.Cancel([1, 2], "deadline"), messages.DropOffer([2**63 - 1]),
-    messages.IntegrityCheck(3, False), messages.Shutdown(),
+    messages.IntegrityCheck(3), messages.Shutdown(),
     messages.Ready(1, ExecutorLimits(2, 3, 4, 5, 6, 7), {"context 0": "shared"}),
-    messages.Step(0, [RESPONSE], 9), messages.IntegrityReport(3, 1, ["a"]),
+    messages.Step(0, [RESPONSE]), messages.IntegrityReport(3, 1, ["a"]),
     messages.PullRequest(2**63 - 1, 7), messages.Release(1), messages.Release(1, [4, 5]),
 ], ids=lambda message: type(message).__name__)
 def test_every_message_comes_back_as_it_went(message: messages.Message) -> None:
