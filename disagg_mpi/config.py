@@ -15,10 +15,14 @@ from typing import Any, Literal, TypeVar, get_args
 import msgspec
 
 from disagg_mpi.errors import ConfigError
+from disagg_mpi.shapes import Instance as Instance  # part of a configuration
+from disagg_mpi.shapes import check_num_ranks, parse_ids, parse_instances
 
 DType = Literal["fp32", "bf16"]
 EngineName = Literal["torch", "null"]
 TransportName = Literal["auto", "shared", "mpi"]
+RouterName = Literal["prefix", "least-loaded"]
+IdKind = Literal["participant", "device"]
 T = TypeVar("T")
 
 # Block size. On CPU a request's blocks mostly lie together, so attention does not care; the hand-over
@@ -29,35 +33,45 @@ DEFAULT_TOKENS_PER_BLOCK = 32
 # Positions of KV-cache that an instance's pool holds unless told otherwise, when memory allows.
 DEFAULT_KV_TOKENS = 16384
 
+# Output positions that a request has blocks for from the start: most answers of a chat are shorter.
+DEFAULT_RESERVED_OUTPUT = 256
 
-class Instance(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One copy of the model: ``tp * pp`` ranks."""
+# From here on a prompt's hand-over between hosts is worth hiding behind its computation.
+DEFAULT_OVERLAP_TOKENS = 1024
 
-    tp: int = 1
-    pp: int = 1
+ROLE_NAMES = ("context", "generation", "aggregated")
 
-    @property
-    def num_ranks(self) -> int:
-        return self.tp * self.pp
 
-    def __str__(self) -> str:
-        return f"tp{self.tp}pp{self.pp}" if self.pp > 1 else f"tp{self.tp}"
+def role_keys(role: str) -> tuple[str, str, str]:
+    """The keys of :class:`JobConfig` that shape the instances of ``role``."""
+    return (role, f"{role}_participant_ids", f"{role}_device_ids")
 
 
 class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Everything that shapes a job. Sizes are in tokens, blocks, or seconds, as named.
 
-    ``context`` and ``generation`` (or ``aggregated``) are a number of instances or a sequence of
-    :class:`Instance`. Raises :class:`ConfigError` for anything that no job could run with.
+    ``context`` and ``generation`` (or ``aggregated``) are a number of copies of the model on one rank each,
+    shapes as text (``"tp2"``, ``"2xtp3,tp1pp2"``; see :func:`~disagg_mpi.shapes.parse_instances`), or a
+    sequence of :class:`Instance`. Participant ids name their ranks and device ids the devices of these, as
+    text with ``,`` inside a copy and ``;`` between copies; where they are given and the shape is not, a copy
+    is ``tp`` of as many ranks as its group has ids.
+    Raises :class:`ConfigError` for anything that no job could run with; whether ids fit the instances and
+    the world is checked by :func:`~disagg_mpi.topology.build_topology`.
     """
 
     model: str | None = None
     """A directory, a GGUF file or a hub id; ``None`` is the default model."""
-    context: int | tuple[Instance, ...] | None = None
-    """``None``: one, unless ``aggregated`` is given."""
-    generation: int | tuple[Instance, ...] | None = None
-    aggregated: int | tuple[Instance, ...] = 0
+    context: int | str | tuple[Instance, ...] | None = None
+    """``None``: as many as there are groups of ids, or one; none if there are aggregated instances."""
+    generation: int | str | tuple[Instance, ...] | None = None
+    aggregated: int | str | tuple[Instance, ...] | None = None
     """Instances that do both phases; excludes ``context`` and ``generation``."""
+    context_participant_ids: str | None = None
+    context_device_ids: str | None = None
+    generation_participant_ids: str | None = None
+    generation_device_ids: str | None = None
+    aggregated_participant_ids: str | None = None
+    aggregated_device_ids: str | None = None
     engine: EngineName = "torch"
     """``null`` computes nothing: it measures everything around the engine."""
     dtype: DType = "fp32"
@@ -65,8 +79,24 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Type of the KV-cache; ``None``: the same as ``dtype``."""
     transport: TransportName = "auto"
     tokens_per_block: int = DEFAULT_TOKENS_PER_BLOCK
+    generation_tokens_per_block: int | None = None
+    """Block size of generation instances; ``None``: as ``tokens_per_block``."""
     kv_tokens: int = DEFAULT_KV_TOKENS
     """Positions that the pool of one instance holds."""
+    prefix_cache: bool = True
+    """Whether blocks of equal beginnings of prompts are computed once and then copied."""
+    reserved_output: int = DEFAULT_RESERVED_OUTPUT
+    """Output positions that a request has blocks for when it is admitted; beyond, blocks are taken as it
+    grows, and the youngest request is preempted when there are none."""
+    local_context: int | Literal["auto"] = 0
+    """A prompt of which at most so many tokens are left to compute, after what the generation instance has
+    cached, is computed on the generation instance. ``auto``: where measured costs say so; 0: never."""
+    overlap_tokens: int = DEFAULT_OVERLAP_TOKENS
+    """A prompt of at least so many tokens is handed over while it is computed, where bytes move between
+    hosts; a shorter one in one piece."""
+    router: RouterName = "prefix"
+    """``prefix``: to the instance that has the beginning of a prompt cached, unless it is overloaded;
+    ``least-loaded``: whatever is cached."""
     max_batch_size: int = 64
     """Requests in one step of an instance."""
     max_num_tokens: int = 512
@@ -78,44 +108,42 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def __post_init__(self) -> None:
         # Keywords from Python come here unchecked, so types are looked at as well.
-        for name in ("tokens_per_block", "kv_tokens", "max_batch_size", "max_num_tokens"):
+        for name in ("tokens_per_block", "generation_tokens_per_block", "kv_tokens", "reserved_output",
+                     "overlap_tokens", "max_batch_size", "max_num_tokens"):
             value = getattr(self, name)
+            if name == "generation_tokens_per_block" and value is None:
+                continue
             if type(value) is not int or value <= 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
+        if self.local_context != "auto" and (type(self.local_context) is not int or self.local_context < 0):
+            raise ConfigError(f"local_context is {self.local_context!r}; it is a number of tokens, "
+                              "0 for never, or auto")
+        if type(self.prefix_cache) is not bool:
+            raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; it is true or false")
         if not self.start_timeout > 0:
             raise ConfigError(f"start_timeout is {self.start_timeout}; it must be positive")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
         for name, kind in (("engine", EngineName), ("dtype", DType), ("transport", TransportName),
-                           ("kv_dtype", DType)):
+                           ("kv_dtype", DType), ("router", RouterName)):
             value, known = getattr(self, name), get_args(kind)
             if value not in known and not (name == "kv_dtype" and value is None):
                 raise ConfigError(f"{name} is {value!r}; known are {', '.join(known)}")
-        for name in ("context", "generation", "aggregated"):
-            value = getattr(self, name)
-            if value is None:
-                continue
-            if isinstance(value, int):
-                if isinstance(value, bool) or value < 0:
-                    raise ConfigError(f"{name} is {value}; it is a number of instances, 0 or more")
-            elif isinstance(value, str) or not isinstance(value, Sequence) or not all(
-                    isinstance(instance, Instance) for instance in value):
-                raise ConfigError(f"{name} is {value!r}; it is a number of instances, or a sequence "
-                                  "of Instance")
-            for instance in self.instances(name):
-                if instance.tp < 1 or instance.pp < 1:
-                    raise ConfigError(f"{name} names an instance with tp={instance.tp} "
-                                      f"pp={instance.pp}; both must be at least 1")
+        for role in ROLE_NAMES:
+            _check_asked(role, getattr(self, role))
+            for instance in self._asked(role):
+                _check_instance(role, instance)
         if self.is_aggregated:
-            for name in ("context", "generation"):
-                if getattr(self, name) is not None:
-                    raise ConfigError(f"aggregated and {name} exclude each other: aggregated instances "
-                                      f"do both phases; leave {name} out")
+            for role in ("context", "generation"):
+                for name in role_keys(role):
+                    if getattr(self, name) is not None:
+                        raise ConfigError(f"aggregated and {name} exclude each other: aggregated instances "
+                                          f"do both phases; leave {name} out")
         else:
-            for name in ("context", "generation"):
-                if not self.instances(name):
+            for role in ("context", "generation"):
+                if not self.instances(role):
                     raise ConfigError(
-                        f"no {name} instance; give --{name} 1 or more, or --aggregated N for "
+                        f"no {role} instance; give --{role} 1 or more, or --aggregated N for "
                         "instances that do both phases")
         if self.max_num_tokens < self.max_batch_size:
             raise ConfigError(
@@ -124,24 +152,84 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def instances(self, role: str) -> tuple[Instance, ...]:
         """The instances of ``role``: ``"context"``, ``"generation"`` or ``"aggregated"``."""
-        if role != "aggregated" and self.is_aggregated:
-            return ()
-        value: int | Sequence[Instance] | None = getattr(self, role)
-        if value is None:
-            value = 1
-        return (Instance(),) * value if isinstance(value, int) else tuple(value)
+        return () if role != "aggregated" and self.is_aggregated else self._asked(role)
+
+    def id_groups(self, role: str, kind: IdKind) -> tuple[tuple[int, ...], ...] | None:
+        """The groups of ids that ``{role}_{kind}_ids`` holds; ``None`` if it is not given."""
+        name = f"{role}_{kind}_ids"
+        text = getattr(self, name)
+        if text is not None and not isinstance(text, str):
+            raise ConfigError(f'{name} is {text!r}; it is text such as "1,2;3,4"')
+        return None if text is None else parse_ids(text, name)
+
+    def block_size(self, role: str) -> int:
+        """Tokens in a block of the instances of ``role``."""
+        return (role == "generation" and self.generation_tokens_per_block) or self.tokens_per_block
 
     @property
     def is_aggregated(self) -> bool:
-        return bool(self.aggregated)
+        return bool(self._asked("aggregated"))
 
     @property
     def effective_kv_dtype(self) -> DType:
         return self.kv_dtype or self.dtype
 
+    def _asked(self, role: str) -> tuple[Instance, ...]:
+        """The instances that keywords and ids of ``role`` ask for, whatever the other roles say.
+
+        Ids are dealt out as far as they go; :func:`~disagg_mpi.topology.build_topology` counts them.
+        """
+        asked = getattr(self, role)
+        participants, devices = (self.id_groups(role, kind) for kind in get_args(IdKind))
+        groups = participants or devices or ()
+        if asked is None:
+            asked = len(groups) or int(role != "aggregated")
+        elif isinstance(asked, str) and asked.strip().isdecimal():
+            asked = len(parse_instances(asked, role))
+        if isinstance(asked, int):
+            # A number says how many copies, the ids how wide each is.
+            shapes = tuple(Instance(tp=len(groups[i]) if i < len(groups) else 1) for i in range(asked))
+        else:
+            shapes = parse_instances(asked, role) if isinstance(asked, str) else tuple(asked)
+        for field, given in (("participant_ids", participants), ("device_ids", devices)):
+            if given is None:
+                continue
+            if any(getattr(shape, field) is not None for shape in shapes):
+                raise ConfigError(f"{role} names {field} in an instance, and {role}_{field} again; "
+                                  "leave one out")
+            shapes = tuple(msgspec.structs.replace(shape, **{field: ids})
+                           for shape, ids in zip(shapes, given, strict=False)) + shapes[len(given):]
+        return shapes
+
     def replace(self, **changes: Any) -> JobConfig:
         """A copy with ``changes``, checked again."""
         return msgspec.structs.replace(self, **changes)
+
+
+def _check_asked(role: str, asked: object) -> None:
+    """Raise :class:`ConfigError` unless ``asked`` is a number, text, or a sequence of instances."""
+    if isinstance(asked, int):
+        if isinstance(asked, bool) or asked < 0:
+            raise ConfigError(f"{role} is {asked}; it is a number of instances, 0 or more")
+        check_num_ranks(asked, role)
+    elif asked is not None and not isinstance(asked, str) and not (
+            isinstance(asked, Sequence) and all(isinstance(instance, Instance) for instance in asked)):
+        raise ConfigError(f"{role} is {asked!r}; it is a number of instances, shapes as text, or a sequence "
+                          "of Instance")
+
+
+def _check_instance(role: str, instance: Instance) -> None:
+    """Raise :class:`ConfigError` for sizes and ids that cannot be."""
+    if any(type(size) is not int or size < 1 for size in (instance.tp, instance.pp)):
+        raise ConfigError(f"{role} names an instance with tp={instance.tp} pp={instance.pp}; both must be "
+                          "at least 1")
+    check_num_ranks(instance.num_ranks, role)
+    for name in ("participant_ids", "device_ids"):
+        ids = getattr(instance, name)
+        if ids is not None and not (isinstance(ids, Sequence) and all(
+                type(number) is int and number >= 0 for number in ids)):
+            raise ConfigError(f"{role} names an instance with {name} {ids!r}; they are a sequence of whole "
+                              "numbers, 0 or more")
 
 
 def convert(data: Mapping[str, Any], kind: type[T], where: str) -> T:

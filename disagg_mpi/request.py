@@ -145,6 +145,8 @@ class ExecutorLimits(msgspec.Struct, frozen=True):
     max_num_tokens: int
     max_model_len: int
     vocab_size: int
+    reserved_output: int
+    """Output positions that a request reserves when it is admitted; more is taken as it grows."""
 
 
 class PoolBlocks(msgspec.Struct, frozen=True):
@@ -176,6 +178,9 @@ class ExecutorRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     sequence_index: int = 0
     """Which of the ``n`` continuations this is; part of the random stream's key."""
     context_phase_params: ContextPhaseParams | None = None
+    early_source: int | None = None
+    """Enqueued while its context phase still runs on the instance with this id: reserve blocks and take the
+    KV-cache over as it is computed; the ``context_phase_params`` follow."""
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -193,12 +198,21 @@ class PhaseTiming(msgspec.Struct, array_like=True):
     context: float = 0.0
     """From that step's start to the first token."""
     handover: float = 0.0
-    """From the pull's start until the KV-cache is in place (generation rank)."""
+    """From when generation could have gone on until the KV-cache was in place: what the hand-over cost the
+    request (generation's leader; bytes that moved while the context was still computed cost nothing)."""
+    transfer: float = 0.0
+    """From the first piece's pull to the last piece in place; with overlap longer than ``handover``."""
     handover_bytes: int = 0
     """Bytes that were copied; 0 where the block table moved and the bytes stayed."""
     kv_bytes: int = 0
     """Size of the KV-cache that was handed over, moved or not."""
     transport: str = ""
+    cached_tokens: int = 0
+    """Prompt positions whose KV-cache the context's pool held already: not computed."""
+    held_tokens: int = 0
+    """Those that the generation's pool held already: not handed over."""
+    num_preempted: int = 0
+    """How often the request gave its blocks back to others, and was computed again."""
 
 
 class Response(msgspec.Struct, kw_only=True, omit_defaults=True):
@@ -216,6 +230,8 @@ class Response(msgspec.Struct, kw_only=True, omit_defaults=True):
     error: str | None = None
     context_phase_params: ContextPhaseParams | None = None
     timing: PhaseTiming | None = None
+    num_blocks: int | None = None
+    """Blocks that the request holds at its generation instance from now on, where that has changed."""
 
     @property
     def has_error(self) -> bool:
@@ -240,9 +256,14 @@ class Timing(msgspec.Struct, kw_only=True):
     """Waiting at rank 0 for a place, and at the instance for its first step."""
     context: float = 0.0
     handover: float = 0.0
+    """What the hand-over added: see :class:`PhaseTiming`."""
+    transfer: float = 0.0
     handover_bytes: int = 0
     kv_bytes: int = 0
     transport: str = ""
+    cached_tokens: int = 0
+    held_tokens: int = 0
+    num_preempted: int = 0
     ttft: float = 0.0
     """Time to first token: from submission until it was at rank 0."""
     second_token: float = 0.0
@@ -253,7 +274,7 @@ class Timing(msgspec.Struct, kw_only=True):
 
     @property
     def handover_gb_per_s(self) -> float:
-        return self.handover_bytes / self.handover / 1e9 if self.handover else 0.0
+        return self.handover_bytes / self.transfer / 1e9 if self.transfer else 0.0
 
 
 class Choice(msgspec.Struct):

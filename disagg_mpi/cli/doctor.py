@@ -1,7 +1,7 @@
 """``python -m disagg_mpi doctor``: look at this machine; under mpirun, measure the job too.
 
 Measuring is in ``diagnostics``; here is only the order of things and the rendering. Rank 0 alone
-prints. Exit code 0: fine (notes and warnings included), 1: something would stop a job.
+prints. Exit code 0: fine (slow, warnings and notes included), 1: something would stop a job.
 """
 
 from __future__ import annotations
@@ -134,11 +134,12 @@ def _handover_rows(report: DoctorReport) -> Iterator[tuple[str, str]]:
     name = "hand-over"
     for host, ranks in report.hosts.items():
         if len(ranks) > 1:
-            yield name, (f"{_ranges(ranks)} on {host}: one shared pool, "
-                         "the block table moves, the bytes stay")
+            yield name, f"{_ranges(ranks)} on {host}: one shared pool (0 bytes)"
             name = ""
-    if len(report.hosts) > 1:
-        yield name, "between hosts: MPI messages, one a request"
+    rates = [pair.gbps for pair in report.pairs if not pair.same_host]
+    if rates:
+        yield name, (f"between hosts: MPI messages, pieces while computed ({min(rates):.1f} to "
+                     f"{max(rates):.1f} GB/s)")
 
 
 def _survival_text(report: DoctorReport) -> str:
@@ -177,7 +178,7 @@ def _pair_table(report: DoctorReport) -> Iterator[str]:
 def _findings(findings: list[Finding]) -> Iterator[str]:
     if not findings:
         yield "Nothing to complain about."
-    order = ("stop", "warning", "note")
+    order = ("stop", "slow", "warning", "note")
     for finding in sorted(findings, key=lambda finding: order.index(finding.level)):
         yield f"{finding.level.upper()}: {finding.text}"
         if finding.remedy:

@@ -12,7 +12,16 @@ from disagg_mpi.cli.options import job_options, settings_of
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ModelError
 from disagg_mpi.job.plan import MemoryPlan, available_bytes, plan_memory
-from disagg_mpi.topology import Topology, build_topology
+from disagg_mpi.shapes import format_instances
+from disagg_mpi.topology import Group, Role, Topology, build_topology, check_model_fits
+from disagg_mpi.transfer.partition import shard_of
+
+# The ways of a hand-over, by where two instances are; see docs/architecture.md.
+_HANDOVER_TEXT = {
+    "shared": "one shared pool: the block table moves, the bytes stay",
+    "copy": "copied within the shared window",
+    "mpi": "MPI messages",
+}
 
 
 @click.command()
@@ -22,12 +31,14 @@ def layout(as_json: bool, **options: Any) -> None:
     """Print the rank map and the memory estimate of a job, without MPI.
 
     \b
-      python -m disagg_mpi layout --context 2 --generation 2
+      python -m disagg_mpi layout --context 2 --generation tp3
       python -m disagg_mpi layout --config job.toml
     """
     config = settings_of(options).job
     topology = build_topology(config)
     plan, note = _plan(config)
+    if plan is not None:
+        check_model_fits(topology, plan.spec.num_layers, plan.spec.num_heads, plan.spec.num_kv_heads)
     if as_json:
         click.echo(json.dumps(as_data(config, topology, plan)))
         return
@@ -59,10 +70,10 @@ def as_data(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> d
     data: dict[str, Any] = {
         "world_size": topology.world_size,
         "sum": topology.sum_text(),
-        "ranks": [{"rank": rank, "role": topology.label(rank).split(" · ", 1)[1]}
-                  for rank in range(topology.world_size)],
-        "transport": {"same host": "mpi" if config.transport == "mpi" else "shared",
-                      "other host": "mpi"},
+        "ranks": [_rank_data(topology, plan, rank) for rank in range(topology.world_size)],
+        "instances": [{"name": group.name, "shape": str(group.shape), "ranks": group.ranks}
+                      for group in topology.groups],
+        "transport": _transports(config),
     }
     if plan is not None:
         data["memory"] = {
@@ -79,23 +90,20 @@ def render(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> st
     """The layout for reading."""
     lines = [f"{topology.sum_text()}        mpirun -n {topology.world_size} "
              "python -m disagg_mpi …", ""]
-    for group in (None, *topology.groups):
-        ranks = (0,) if group is None else group.ranks
-        what = "orchestrator" if group is None else group.name
-        bar = "─" if group is None else ("▶" if group.role.does_context else "◀")
-        if group is not None and group.role.does_context and group.role.does_generation:
-            bar = "◆"
-        for rank in ranks:
-            leader = " (leader)" if group is not None and rank == group.leader and len(ranks) > 1 else ""
-            pool = f"   KV pool {_size(plan.pool_bytes)}" if plan and group else ""
-            lines.append(f"  rank {rank:<3} {bar} {what}{leader}{pool}")
+    rows = [_row(topology, plan, rank) for rank in range(topology.world_size)]
+    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
+    lines += ["  " + "   ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)
+                                if width).rstrip() for row in rows]
     lines.append("")
+    if any(group.shape.num_ranks > 1 for group in topology.groups):
+        shapes = ", ".join(f"{role} {format_instances(config.instances(role))}"
+                           for role in Role if config.instances(role))
+        lines.append(f"  instances    {shapes}")
     if not config.is_aggregated:
-        same = "MPI messages" if config.transport == "mpi" else \
-            "one shared pool: the block table moves, the bytes stay"
-        lines.append(f"  hand-over    same host: {same}")
+        ways = _transports(config)
+        lines.append(f"  hand-over    same host: {_HANDOVER_TEXT[ways['same host']]}")
         if config.transport != "shared":
-            lines.append("               other host: MPI messages, one a request")
+            lines.append(f"               other host: {_HANDOVER_TEXT[ways['other host']]}")
     if plan is not None:
         spec = plan.spec
         num_instances = len(topology.groups)
@@ -109,7 +117,52 @@ def render(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> st
             f"  together     {_size(total)} if all ranks are on one host"
             + (f", {_size(free)} available here" if (free := available_bytes()) else ""),
         ]
+        if config.block_size(Role.GENERATION) != plan.tokens_per_block and not config.is_aggregated:
+            size = config.block_size(Role.GENERATION)
+            lines.insert(-1, f"               generation: blocks of {size} tokens")
     return "\n".join(lines)
+
+
+def _row(topology: Topology, plan: MemoryPlan | None, rank: int) -> tuple[str, str, str, str, str]:
+    """Rank, instance, place in it, device, memory; empty where there is nothing to say."""
+    group = topology.group_of(rank)
+    if group is None:
+        return (f"rank {rank}", "─ orchestrator", "", "", "")
+    is_wide = group.shape.num_ranks > 1
+    arrow = {Role.CONTEXT: "▶", Role.GENERATION: "◀", Role.AGGREGATED: "◆"}[group.role]
+    leader = " (leader)" if is_wide and rank == group.leader else ""
+    place = (f"stage {group.pp_rank(rank)}/{group.shape.pp} · tp {group.tp_rank(rank)}/{group.shape.tp}"
+             if is_wide else "")
+    device = "" if group.device_ids is None else f"device {group.device_of(rank)}"
+    pool = "" if plan is None else f"KV pool {_size(_pool_bytes(plan, group, rank))}"
+    return (f"rank {rank}", f"{arrow} {group.name}{leader}", place, device, pool)
+
+
+def _rank_data(topology: Topology, plan: MemoryPlan | None, rank: int) -> dict[str, Any]:
+    data: dict[str, Any] = {"rank": rank, "role": topology.label(rank).split(" · ", 1)[1]}
+    group = topology.group_of(rank)
+    if group is not None:
+        data |= {"pp_rank": group.pp_rank(rank), "tp_rank": group.tp_rank(rank)}
+        if group.device_ids is not None:
+            data["device_id"] = group.device_of(rank)
+        if plan is not None:
+            data["pool_bytes"] = _pool_bytes(plan, group, rank)
+    return data
+
+
+def _pool_bytes(plan: MemoryPlan, group: Group, rank: int) -> int:
+    """Bytes of the part of its instance's pool that ``rank`` holds: its layers, its KV heads."""
+    spec = plan.spec
+    shard = shard_of(spec.num_layers, spec.num_kv_heads, group.shape.tp, group.shape.pp, group.index_of(rank))
+    planes = spec.num_layers * spec.num_kv_heads
+    return plan.pool_bytes * shard.num_layers * shard.num_heads // planes
+
+
+def _transports(config: JobConfig) -> dict[str, str]:
+    """How a hand-over goes, by where the two instances are."""
+    sizes_differ = config.block_size(Role.CONTEXT) != config.block_size(Role.GENERATION)
+    same_host = "mpi" if config.transport == "mpi" else "copy" if sizes_differ else "shared"
+    return {"same host": same_host, "other host": "mpi"}
 
 
 def _size(count: int) -> str:

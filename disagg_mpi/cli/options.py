@@ -13,11 +13,23 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from disagg_mpi.config import JobConfig, convert, read_toml
+from disagg_mpi.config import ROLE_NAMES, JobConfig, convert, read_toml, role_keys
 from disagg_mpi.errors import ConfigError
 from disagg_mpi.request import SamplingParams
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _count_or_shapes(text: str) -> int | str:
+    """A bare number as one, anything else as it is: :class:`JobConfig` reads shapes."""
+    return int(text) if text.isascii() and text.isdecimal() else text
+
+
+def _tokens_or_auto(text: str) -> int | str:
+    if text != "auto" and not (text.isascii() and text.isdecimal()):
+        raise click.BadParameter(f"{text!r} is neither a number of tokens nor auto.")
+    return text if text == "auto" else int(text)
+
 
 _JOB_OPTIONS = [
     click.option("--config", "config_file", type=click.Path(path_type=Path), metavar="FILE",
@@ -25,11 +37,21 @@ _JOB_OPTIONS = [
     click.option("--model", metavar="DIR|FILE|ID",
                  help="A directory with safetensors, a GGUF file, or a hub id. "
                       "Default: SmolLM2-135M-Instruct, fetched once."),
-    click.option("--context", type=int, metavar="N", help="Number of context instances. [default: 1]"),
-    click.option("--generation", type=int, metavar="N",
-                 help="Number of generation instances. [default: 1]"),
-    click.option("--aggregated", type=int, metavar="N",
-                 help="Instead: N instances that do both phases (the baseline)."),
+    click.option("--context", type=_count_or_shapes, metavar="N|SHAPES",
+                 help="Context instances: a number of copies of the model on one rank each, or shapes: tp2 "
+                      "(each layer on two ranks), pp2 (two stages), tp2pp2 (both: four ranks), 2xtp3 (two "
+                      "copies of tp3), 2xtp3,tp1pp2 (copies of different shapes). [default: 1]"),
+    click.option("--generation", type=_count_or_shapes, metavar="N|SHAPES",
+                 help="Generation instances, as --context; their shapes need not be alike. [default: 1]"),
+    click.option("--aggregated", type=_count_or_shapes, metavar="N|SHAPES",
+                 help="Instead: instances that do both phases (the baseline), as --context."),
+    *(click.option(f"--{role}-{kind}-ids", metavar="IDS", help=text)
+      for role in ROLE_NAMES
+      for kind, text in (
+          ("participant", f'Ranks of the {role} instances: "1,2;3,4" puts one on ranks 1 and 2, led by 1, '
+                          f"and one on 3 and 4. Without shapes in --{role} each is tp of as many ranks. "
+                          "[default: free ranks in order]"),
+          ("device", f'Devices of the {role} instances, one for each rank: "0,1;0,1".'))),
     click.option("--dtype", type=click.Choice(["fp32", "bf16"]),
                  help="Type of weights and computation. [default: fp32]"),
     click.option("--kv-dtype", type=click.Choice(["fp32", "bf16"]),
@@ -40,6 +62,26 @@ _JOB_OPTIONS = [
     click.option("--kv-tokens", type=int, metavar="N",
                  help="Positions that an instance's KV pool holds. [default: 16384]"),
     click.option("--tokens-per-block", type=int, metavar="N", help="Block size. [default: 32]"),
+    click.option("--generation-tokens-per-block", type=int, metavar="N",
+                 help="Block size of generation instances; another one than --tokens-per-block makes each "
+                      "hand-over a copy. [default: as --tokens-per-block]"),
+    click.option("--prefix-cache/--no-prefix-cache", default=None,
+                 help="Keep the KV-cache of finished requests while there is room, and compute of a prompt "
+                      "only what no earlier one began with. [default: on]"),
+    click.option("--router", type=click.Choice(["prefix", "least-loaded"]),
+                 help="Send a prompt to the instance that has its beginning cached, unless that is "
+                      "overloaded, or always to the least loaded one. [default: prefix]"),
+    click.option("--local-context", type=_tokens_or_auto, metavar="N|auto",
+                 help="Compute a prompt of which at most N tokens are not cached on the generation instance "
+                      "itself, which saves the hand-over and delays what it generates; auto decides from "
+                      "measured costs. [default: 0, never]"),
+    click.option("--reserved-output", type=int, metavar="N",
+                 help="Output positions that a request has blocks for when it starts. Beyond, it takes "
+                      "blocks as it grows, and the youngest request gives its up when there are none: a "
+                      "small N lets more requests run at once, and more be computed twice. [default: 256]"),
+    click.option("--overlap-tokens", type=int, metavar="N",
+                 help="Hand prompts of at least N tokens over while they are computed, where bytes move "
+                      "between hosts; shorter ones in one piece. [default: 1024]"),
     click.option("--max-batch-size", type=int, metavar="N",
                  help="Requests in one step of an instance. [default: 64]"),
     click.option("--max-num-tokens", type=int, metavar="N",
@@ -99,26 +141,19 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
 
     ``options``: a command's keyword arguments; those that are ``None`` or empty were not given.
     """
-    # By identity: 0 is a value (--seed 0, --temperature 0), though it equals False.
-    given = {key: value for key, value in options.items()
-             if value is not None and value is not False and value != ()}
+    job_names = {field.name for field in msgspec.structs.fields(JobConfig)}
+    # By identity: 0 is a value (--seed 0, --temperature 0), though it equals False. A plain flag that was
+    # not typed is False; the job's own are pairs (--x/--no-x), None if not typed.
+    given = {key: value for key, value in options.items() if value is not None and value != ()
+             and (value is not False or key in job_names)}
     file = given.pop("config_file", None)
     where = str(file) if file is not None else "options"
     tables = read_toml(file) if file is not None else {}
     sampling = _table(tables, "sampling", where)
     run = _table(tables, "run", where)
-    job_names = {field.name for field in msgspec.structs.fields(JobConfig)}
     sampling_names = {field.name for field in msgspec.structs.fields(SamplingParams)}
     job = dict(tables)
-    if given.get("aggregated"):
-        # Asking for the baseline on the command line outweighs a file's split.
-        job.pop("context", None)
-        job.pop("generation", None)
-        for name in ("context", "generation"):
-            if name in given:
-                raise ConfigError(f"--aggregated and --{name} exclude each other")
-    elif {"context", "generation"} & given.keys():
-        job.pop("aggregated", None)
+    _choose_roles(given, job)
     for key, value in given.items():
         if key in job_names:
             job[key] = value
@@ -126,11 +161,26 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
             sampling[key] = value
         else:
             run[key] = value
-    split = [name for name in ("context", "generation") if name in job]
-    if job.get("aggregated") and split:
-        raise ConfigError(f"{where}: aggregated and {split[0]} exclude each other")
-    return Settings(convert(job, JobConfig, where), convert(sampling, SamplingParams, f"{where} [sampling]"),
-                    run)
+    try:
+        return Settings(convert(job, JobConfig, where),
+                        convert(sampling, SamplingParams, f"{where} [sampling]"), run)
+    except ConfigError as error:
+        if file is None or str(file) in str(error):
+            raise
+        raise ConfigError(f"{where}: {error}") from None
+
+
+def _choose_roles(given: Mapping[str, Any], job: dict[str, Any]) -> None:
+    """Take out of the file's ``job`` what the roles asked for on the command line outweigh."""
+    split = [*role_keys("context"), *role_keys("generation")]
+    baseline = role_keys("aggregated")
+    asks_baseline = any(given.get(key) for key in baseline)
+    asks_split = next((key for key in split if key in given), None)
+    if asks_baseline and asks_split:
+        raise ConfigError(f"--aggregated and --{asks_split.replace('_', '-')} exclude each other")
+    outweighed = split if asks_baseline else baseline if asks_split or "aggregated" in given else ()
+    for key in outweighed:
+        job.pop(key, None)
 
 
 def _table(tables: dict[str, Any], name: str, where: str) -> dict[str, Any]:

@@ -224,14 +224,11 @@ def check_launcher(install: MpiInstall | None, context: LauncherContext) -> None
 
 # ---- what a rank sets ----------------------------------------------------------------------------
 
-# Ranks share cores, and Open MPI spins while it waits. Two ranks on one core, 8 bytes one way:
-# 4151 µs without, 5.8 µs with it (MPICH yields by itself: 9.0 µs).
-_OPENMPI = {"OMPI_MCA_mpi_yield_when_idle": "1"}
-
-# Only where all ranks are on this host: elsewhere Open MPI must look for the fast network itself.
-#   pml, btl  Not looking for UCX and libfabric: `from mpi4py import MPI` of 3 ranks takes 0.10 s
-#             instead of 1.12 s.
-#   osc       UCX is also a candidate for windows, and complains on stderr that its pml is not used.
+#   yield     Ranks share cores, and Open MPI spins while it waits. Two ranks on one core, 8 bytes one way:
+#             4151 µs without, 5.8 µs with it (MPICH yields by itself: 9.0 µs).
+#   osc       A window is always shared memory of one host, but where there are several, UCX is a candidate
+#             too, and complains on stderr that its pml is not used.
+# The rest is about two ranks of one host, whether or not there are others:
 #   smsc      Without process_vm_readv. Two ranks, page-aligned buffers, memcpy 18 GB/s:
 #                                                              ^cma            with CMA
 #               128 MiB contiguous                             17.8-19.0       5.7-7.5   GB/s
@@ -239,16 +236,22 @@ _OPENMPI = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 #             `doctor` shows what a machine makes of it; OMPI_MCA_smsc= in the shell overrides it.
 #   eager, max A message that is not eager waits until its sender calls MPI again, which a leader does
 #             after its next step: with the default of 4 KiB a step's message of 4.2 KB took 300 ms when
-#             the sender computed for 300 ms, with these 0.2 ms.
+#             the sender computed for 300 ms, with these 0.2 ms. (Between hosts TCP's default is 64 KiB.)
 # (openmpi 5.0.11, 2-core virtual machine; set by os.environ in Python before MPI starts, which is
-# early enough: the figures were taken that way, and so were those of yield above.)
-_OPENMPI_ONE_HOST = {
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm,tcp",
+# early enough: the figures were taken that way.)
+_OPENMPI = {
+    "OMPI_MCA_mpi_yield_when_idle": "1",
     "OMPI_MCA_osc": "^ucx",
     "OMPI_MCA_smsc": "^cma",
     "OMPI_MCA_btl_sm_eager_limit": "65536",
     "OMPI_MCA_btl_sm_max_send_size": "65536",
+}
+
+# Only where all ranks are on this host: elsewhere Open MPI must look for the fast network itself. Not
+# looking for UCX and libfabric, `from mpi4py import MPI` of 3 ranks takes 0.10 s instead of 1.12 s.
+_OPENMPI_ONE_HOST = {
+    "OMPI_MCA_pml": "ob1",
+    "OMPI_MCA_btl": "self,sm,tcp",
 }
 
 # Intel MPI spins without yielding unless told to wait.

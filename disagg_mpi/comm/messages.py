@@ -11,7 +11,14 @@ from typing import Any
 
 import msgspec
 
-from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response
+from disagg_mpi.request import (
+    ContextPhaseParams,
+    ExecutorLimits,
+    ExecutorRequest,
+    FinishReason,
+    PoolBlocks,
+    Response,
+)
 
 CONTROL_TAG = 1
 """The only tag on a control communicator."""
@@ -28,6 +35,13 @@ class Enqueue(Message, frozen=True):
     """New requests for an instance."""
 
     requests: list[ExecutorRequest]
+
+
+class Proceed(Message, frozen=True):
+    """The context phase of a request that was enqueued early is over: go on with these."""
+
+    request_id: int
+    params: ContextPhaseParams
 
 
 class Cancel(Message, frozen=True):
@@ -61,8 +75,10 @@ class Ready(Message, frozen=True):
 
     instance_id: int
     limits: ExecutorLimits
-    transports: dict[str, str] = {}
-    """Name of a peer instance → how its KV-cache comes here."""
+    ways: dict[int, str] = {}
+    """Id of a context instance → how its KV-cache comes here."""
+    pool: str = ""
+    """Name of the memory whose prefix cache this instance reads; instances with equal names share it."""
 
 
 class Step(Message, frozen=True):
@@ -81,19 +97,93 @@ class IntegrityReport(Message, frozen=True):
     pool: PoolBlocks | None = None
 
 
+# ---- leader → its followers, in the order in which they are to be done -----------------------------------
+
+
+class Batch(Message, frozen=True):
+    """One step's work for every rank of an instance: packed tokens, and where their KV-cache lies.
+
+    ``chunks`` are ``(first position, number of tokens, runs)``, the runs as ``(first slot, count)`` over all
+    positions up to the chunk's end. ``keep`` are indices of the packed tokens whose logits are wanted.
+    """
+
+    number: int
+    token_ids: list[int]
+    chunks: list[tuple[int, int, list[tuple[int, int]]]]
+    keep: list[int]
+
+
+class CopyBlocks(Message, frozen=True):
+    """Copy whole blocks within the pool; every rank of the instance meets in a barrier afterwards."""
+
+    sources: list[int]
+    targets: list[int]
+
+
 # ---- instance ↔ instance: the hand-over ------------------------------------------------------------
 
 
-class PullRequest(Message, frozen=True):
-    """Generation → context: my blocks are reserved and my receive is posted, send now."""
+class PullPart(Message, frozen=True):
+    """Generation's leader → its follower: bring your part of this piece into your memory."""
 
-    request_id: int
+    piece: int
+    """Unique among the leader's pieces; :class:`PartDone` gives it back."""
+    source_instance: int
+    source_block_ids: list[int]
+    block_ids: list[int]
+    first_token: int
+    end_token: int
+    first_layer: int
+    end_layer: int
+
+
+class PartDone(Message, frozen=True):
+    """Generation's follower → its leader: my part of this piece is in place."""
+
+    piece: int
+
+
+class PullRequest(Message, frozen=True):
+    """Generation rank → context rank: my receive is posted, send this part of these blocks now.
+
+    It says all that the sender must know; the blocks stay as they are until the leader's ``Release``.
+    """
+
     tag: int
     """Chosen by the receiver, unique among its transfers in flight; used on the data communicator."""
+    block_ids: list[int]
+    box: tuple[int, int, int, int, int, int]
+    """Of layers, KV heads and tokens, a half-open range each: the fields of ``transfer.layout.Box``."""
+
+
+class Watch(Message, frozen=True):
+    """Generation's leader → context's leader: announce this request's KV-cache as it is computed.
+
+    From then on its blocks are mine to read until I say :class:`Release`, whatever becomes of the request.
+    """
+
+    request_id: int
+
+
+class Announce(Message, frozen=True):
+    """Context's leader → generation's leader: this piece can be pulled."""
+
+    request_id: int
+    block_ids: list[int]
+    first_token: int
+    end_token: int
+    first_layer: int
+    end_layer: int
+
+
+class Ended(Message, frozen=True):
+    """Context's leader → generation's leader: a watched request was given up, nothing more will come."""
+
+    request_id: int
 
 
 class Release(Message, frozen=True):
-    """Generation → context: the blocks of this request are no longer needed by me.
+    """Generation's leader → context's leader: the blocks of this request are no longer needed by me.
 
     ``exchanged`` holds, for a hand-over in a shared pool, the blocks given in return for those that
     were taken over; ``None``: nothing was taken, the context frees its own.
@@ -101,11 +191,13 @@ class Release(Message, frozen=True):
 
     request_id: int
     exchanged: list[int] | None = None
+    was_read: bool = False
+    """Whether its bytes were copied: then they must have been held here all the time."""
 
 
 AnyMessage = (
-    Enqueue | Cancel | DropOffer | IntegrityCheck | Shutdown | Ready | Step | IntegrityReport
-    | PullRequest | Release
+    Enqueue | Proceed | Cancel | DropOffer | IntegrityCheck | Shutdown | Ready | Step | IntegrityReport
+    | Batch | CopyBlocks | PullPart | PartDone | PullRequest | Watch | Announce | Ended | Release
 )
 
 _encoder = msgspec.msgpack.Encoder()

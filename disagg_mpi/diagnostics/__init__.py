@@ -4,6 +4,7 @@
       traps                   what in them the user should know: a Finding, whose remedy says what to type
     job.run_doctor            collective over a communicator: every rank calls it, rank 0 gets the report
       pairs                   latency, wake-up and bandwidth of two ranks, against a memcpy
+      hosts                   which ranks can share memory, and which only share a machine
       idle                    what a rank that has nothing to do costs, and how soon it is woken
       library                 what the MPI library says about itself
 
@@ -11,6 +12,7 @@ Buffers, bells and duplicates of the communicator live for the time of the call.
 ``cli.doctor`` renders them.
 """
 
+from disagg_mpi.diagnostics.hosts import Place, divided_machines, name_hosts
 from disagg_mpi.diagnostics.job import DoctorReport, run_doctor, world
 from disagg_mpi.diagnostics.machine import MachineReport, inspect_machine
 from disagg_mpi.diagnostics.pairs import SLOW_RATIO, choose_pairs
@@ -26,10 +28,13 @@ __all__ = [
     "DoctorReport",
     "Finding",
     "MachineReport",
+    "Place",
     "choose_pairs",
+    "divided_machines",
     "inspect_machine",
     "launcher_finding",
     "mismatch_finding",
+    "name_hosts",
     "run_doctor",
     "world",
     "would_stop",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from disagg_mpi.diagnostics import library
+from disagg_mpi.diagnostics.hosts import divided_machines, gather_places, name_hosts
 from disagg_mpi.diagnostics.idle import Idle, measure_idle
 from disagg_mpi.diagnostics.machine import MachineReport, inspect_machine
 from disagg_mpi.diagnostics.pairs import (
@@ -34,6 +35,9 @@ class DoctorReport(msgspec.Struct, frozen=True):
     thread_provided: str
     tag_ub: int
     hosts: dict[str, list[int]]
+    """The ranks that can share memory, by hostname."""
+    divided: list[list[str]]
+    """Hosts that are one machine, where a machine is more than one host."""
     cores: dict[str, int]
     transports: dict[str, str]
     cuda_aware: bool | None
@@ -70,10 +74,9 @@ def run_doctor(comm: MPI.Intracomm, machine: MachineReport | None = None) -> Doc
     machine = machine or inspect_machine()
     comm = comm.Dup()
     try:
-        everyone = comm.allgather((machine.hostname, machine.cores))
-        hosts: dict[str, list[int]] = {}
-        for rank, (host, _) in enumerate(everyone):
-            hosts.setdefault(host, []).append(rank)
+        places = gather_places(comm, machine.hostname, machine.boot_id)
+        hosts = name_hosts(places)
+        cores = comm.allgather(machine.cores)
         bench = PairBench(MPI, comm, hosts)
         pairs = [bench.measure(a, b) for a, b in choose_pairs(comm.size)]
         idle = measure_idle(comm, hosts)
@@ -89,7 +92,8 @@ def run_doctor(comm: MPI.Intracomm, machine: MachineReport | None = None) -> Doc
             thread_provided=levels[MPI.Query_thread()],
             tag_ub=int(comm.Get_attr(MPI.TAG_UB) or 0),
             hosts=hosts,
-            cores=dict(everyone),
+            divided=divided_machines(places),
+            cores={host: cores[ranks[0]] for host, ranks in hosts.items()},
             transports=library.transports(os.environ),
             cuda_aware=library.cuda_aware(),
             has_ulfm=library.has_ulfm(MPI),
@@ -121,13 +125,18 @@ def _job_findings(report: DoctorReport) -> Iterator[Finding]:
     local = [pair for pair in report.pairs if pair.is_slow and pair.same_host]
     if local:
         yield Finding(
-            "warning", f"SLOW: {_names(local)} of one host below {SLOW_RATIO:.1f} of a memcpy",
+            "slow", f"{_names(local)} of one host below {SLOW_RATIO:.1f} of a memcpy",
             _local_causes(report.machine))
+    for names in report.divided:
+        yield Finding(
+            "slow", f"{', '.join(names)} are one machine, but their ranks cannot share memory: between "
+                    "them KV-cache moves by MPI messages instead of not at all",
+            "start all ranks of a machine in one container, and name the machine to mpirun once")
     remote = [pair for pair in report.pairs if pair.is_slow and not pair.same_host]
     if remote:
         yield Finding(
-            "warning", f"SLOW: {_names(remote)} of two hosts below {SLOW_NETWORK_GBPS} GB/s: this "
-                       "is plain Ethernet or the wrong interface",
+            "slow", f"{_names(remote)} of two hosts below {SLOW_NETWORK_GBPS} GB/s: this is plain "
+                    "Ethernet or the wrong interface",
             "Open MPI: ompi_info | grep -e ucx -e ofi (a fast network needs one of them), or "
             "OMPI_MCA_btl_tcp_if_include=…; MPICH: FI_PROVIDER or UCX_NET_DEVICES")
     if report.idle is not None and report.idle.is_slow:

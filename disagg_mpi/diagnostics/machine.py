@@ -35,6 +35,8 @@ class MachineReport(msgspec.Struct, frozen=True):
     """One host and its software, seen without MPI."""
 
     hostname: str
+    boot_id: str | None
+    """By which the running kernel names itself: the same in every container of a machine."""
     python: str
     cores: int
     memory_total: int | None
@@ -70,6 +72,7 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
     settings = environment.process_environment(install, env)
     report = MachineReport(
         hostname=platform.node(),
+        boot_id=_boot_id(),
         python=f"{platform.python_version()} ({sys.executable})",
         cores=environment.count_cores(),
         memory_total=_meminfo("MemTotal"),
@@ -91,7 +94,8 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
 def _unset(env: Mapping[str, str]) -> dict[str, str]:
     """``env`` without what we might set: asking with it tells all that we would set."""
     ours = ("OMPI_MCA_mpi_yield_when_idle", "OMPI_MCA_pml", "OMPI_MCA_btl", "OMPI_MCA_osc",
-            "OMPI_MCA_smsc", "I_MPI_WAIT_MODE")
+            "OMPI_MCA_smsc", "OMPI_MCA_btl_sm_eager_limit", "OMPI_MCA_btl_sm_max_send_size",
+            "I_MPI_WAIT_MODE")
     return {key: value for key, value in env.items() if key not in ours}
 
 
@@ -100,6 +104,12 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def _boot_id() -> str | None:
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() or None
+    return None
 
 
 def _meminfo(key: str) -> int | None:

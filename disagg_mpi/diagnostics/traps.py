@@ -33,8 +33,8 @@ SHM_WARN_BYTES = 2**30
 class Finding(msgspec.Struct, frozen=True):
     """Something the user should know."""
 
-    level: Literal["stop", "warning", "note"]
-    """``stop``: a job would not start, or not end."""
+    level: Literal["stop", "slow", "warning", "note"]
+    """``stop``: a job would not start, or not end. ``slow``: it would run, at a fraction of the speed."""
     text: str
     remedy: str = ""
 
@@ -141,7 +141,7 @@ def _few_cores(report: MachineReport, env: Mapping[str, str]) -> Iterator[Findin
             f"the smallest disaggregated job has 3 ranks and this machine {report.cores} cores: "
             "they share, and mpirun refuses unless told so",
             "python -m disagg_mpi launch says so; by hand: export "
-            "PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe "
+            "PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe "
             "PRTE_MCA_hwloc_default_binding_policy=none")
 
 

@@ -4,39 +4,65 @@ A step is packed: all its chunks stand one after another in one row of tokens. :
 which slots of the pool they are written to and which each of them attends to; it travels through the
 model's forward as the keyword ``paged`` and arrives at :func:`paged_attention` in every layer.
 
-A request's slots are mostly one run, read as a view. Where they are several, the runs are copied
-together first; both give the kernel the same strides, so the same bits come out.
+A request's slots are mostly one run, read as a view; in a pool of the whole model it has gaps where other
+ranks' heads lie. Where they are several, the runs are copied together first; both give the kernel the same
+strides, so the same bits come out.
 Query heads that share a KV head are folded into the query length instead of repeating K and V
 (646 against 5495 µs a layer at batch 8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from disagg_mpi.errors import ModelError
-from disagg_mpi.transfer.layout import KvLayout
+from disagg_mpi.transfer.layout import CacheView
 
 NAME = "disagg_mpi_paged"
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
+# Writing 512 tokens (3 heads of 64, fp32) as one run takes 8 µs, by index 40; a run costs 1.3 µs whatever its
+# length. 8 tokens apart: 14 against 2.
+_TOKENS_WORTH_A_RUN = 16
+
 
 class KvPool:
-    """The pool's bytes as tensors; the memory belongs to whoever made it."""
+    """One rank's part of a pool as tensors; the memory belongs to whoever made it.
 
-    def __init__(self, memory: Any, layout: KvLayout) -> None:
-        flat = torch.frombuffer(memory, dtype=_DTYPES[layout.dtype])
+    Where the array holds more layers and heads than the rank's, all here are views with gaps: nothing of
+    the others' is touched.
+    """
+
+    def __init__(self, memory: Any, view: CacheView) -> None:
+        layout, shard = view.layout, view.shard
+        dtype = _DTYPES[layout.dtype]
+        flat = torch.frombuffer(
+            memory, dtype=dtype, count=layout.pool_bytes // dtype.itemsize, offset=view.offset)
         slots = layout.num_blocks * layout.tokens_per_block
-        planes = flat.view(
-            layout.num_layers, 2, slots, layout.num_kv_heads, layout.head_dim)
-        self.layout = layout
-        self.keys = [planes[layer, 0] for layer in range(layout.num_layers)]
-        self.values = [planes[layer, 1] for layer in range(layout.num_layers)]
-        """Per layer ``[slots, num_kv_heads, head_dim]``."""
+        array = flat.view(layout.num_layers, 2, slots, layout.num_kv_heads, layout.head_dim)
+        layers = array.narrow(0, shard.first_layer - view.origin_layer, shard.num_layers)
+        self._part = layers.narrow(3, shard.first_head - view.origin_head, shard.num_heads)
+        self.view = view
+        self.keys = [layer[0] for layer in self._part]
+        self.values = [layer[1] for layer in self._part]
+        """Per layer of the rank ``[slots, num_heads, head_dim]``."""
+
+    def copy_blocks(self, sources: list[int], targets: list[int]) -> None:
+        """Copy whole blocks, K and V of all the rank's layers; no target is also a source."""
+        size = self.view.layout.tokens_per_block
+        runs: list[tuple[int, int, int]] = []
+        for source, target in zip(sources, targets, strict=True):
+            if runs and (source, target) == (runs[-1][0] + runs[-1][2], runs[-1][1] + runs[-1][2]):
+                runs[-1] = (*runs[-1][:2], runs[-1][2] + 1)
+            else:
+                runs.append((source, target, 1))
+        for source, target, count in runs:
+            self._part[:, :, target * size : (target + count) * size] = (
+                self._part[:, :, source * size : (source + count) * size])
 
 
 class _Part:
@@ -45,7 +71,7 @@ class _Part:
     __slots__ = ("end", "kv_end", "length", "mask", "runs", "start")
 
     def __init__(
-        self, start: int, length: int, kv_end: int, runs: list[tuple[int, int]]
+        self, start: int, length: int, kv_end: int, runs: Sequence[tuple[int, int]]
     ) -> None:
         self.start = start
         self.end = start + length
@@ -59,29 +85,46 @@ class StepLayout:
     """What attention needs to know of one step. Made once a step, used by every layer."""
 
     def __init__(
-        self, pool: KvPool, chunks: Sequence[tuple[Sequence[int], int, int]]
+        self,
+        pool: KvPool,
+        chunks: Sequence[tuple[int, int, Sequence[tuple[int, int]]]],
+        on_layer: Callable[[int], None] | None = None,
     ) -> None:
-        """``chunks``: (block table, first position, number of tokens) each."""
+        """``chunks``: first position, number of tokens, and the slots of all positions up to the last of
+        these, as runs (first slot, count). ``on_layer(i)`` is called when K and V of the rank's ``i``-th
+        layer (from 0) are in the pool.
+        """
         self.pool = pool
+        self.on_layer = on_layer
         self.parts: list[_Part] = []
-        slots: list[torch.Tensor] = []
+        self._writes: list[tuple[int, int, int]] = []
+        place = 0
+        for start, length, runs in chunks:
+            self.parts.append(_Part(place, length, start + length, runs))
+            self._add_writes(place, start, runs)
+            place += length
+        self._slots: torch.Tensor | None = None
+        if place < _TOKENS_WORTH_A_RUN * len(self._writes):
+            self._slots = torch.cat(
+                [torch.arange(slot, slot + count) for _, slot, count in self._writes])
+
+    def write(self, plane: torch.Tensor, rows: torch.Tensor) -> None:
+        """Put the step's ``rows`` ``[tokens, heads, head_dim]`` where they belong in ``plane``."""
+        if self._slots is not None:
+            plane.index_copy_(0, self._slots, rows.to(plane.dtype))
+            return
+        for place, slot, count in self._writes:
+            plane[slot : slot + count] = rows[place : place + count]
+
+    def _add_writes(self, place: int, start: int, runs: Sequence[tuple[int, int]]) -> None:
+        """(place in the step, first slot, count) of each run from position ``start`` on."""
         position = 0
-        for block_ids, start, length in chunks:
-            runs = pool.layout.token_runs(block_ids, start + length)
-            self.parts.append(_Part(position, length, start + length, runs))
-            position += length
-            slots.append(_slots(runs, start, length))
-        self.slots = torch.cat(slots)
-        """``[tokens]``: where each token's K and V go."""
-
-
-def _slots(runs: list[tuple[int, int]], start: int, length: int) -> torch.Tensor:
-    parts, skip = [], start
-    for first, count in runs:
-        if skip < count:
-            parts.append(torch.arange(first + skip, first + count))
-        skip = max(0, skip - count)
-    return parts[0][:length] if len(parts) == 1 else torch.cat(parts)[:length]
+        for first, count in runs:
+            skip = max(0, start - position)
+            if skip < count:
+                self._writes.append((place, first + skip, count - skip))
+                place += count - skip
+            position += count
 
 
 def paged_attention(
@@ -128,8 +171,10 @@ def attend(
     ``query`` and the result are ``[tokens, heads, head_dim]``.
     """
     keys, values = paged.pool.keys[layer], paged.pool.values[layer]
-    keys.index_copy_(0, paged.slots, key.to(keys.dtype))
-    values.index_copy_(0, paged.slots, value.to(values.dtype))
+    paged.write(keys, key)
+    paged.write(values, value)
+    if paged.on_layer is not None:
+        paged.on_layer(layer)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     for part in paged.parts:
         k, v = _read(keys, part.runs, query.dtype), _read(values, part.runs, query.dtype)
@@ -138,10 +183,15 @@ def attend(
     return out
 
 
-def _read(plane: torch.Tensor, runs: list[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
+def _read(plane: torch.Tensor, runs: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:
     """The slots of ``runs`` as ``[1, kv_heads, tokens, head_dim]``."""
-    views = [plane[first : first + count] for first, count in runs]
-    rows = views[0] if len(views) == 1 else torch.cat(views)
+    if len(runs) == 1:
+        first, count = runs[0]
+        rows = plane[first : first + count]
+    else:
+        total = sum(count for _, count in runs)
+        rows = plane.new_empty_strided((total, *plane.shape[1:]), plane.stride())
+        torch.cat([plane[first : first + count] for first, count in runs], out=rows)
     return rows.to(dtype).transpose(0, 1).unsqueeze(0)
 
 

@@ -1,15 +1,17 @@
-"""One rank's engine: admit → start pulls → forward → sample, and the blocks behind it.
+"""An instance's engine, at its leader: admit → start pulls → launch steps → sample, and the blocks behind it.
 
 Single-threaded and cooperative: nothing happens between two calls of :meth:`Engine.step`. The engine owns
-the instance's blocks. A sequence leaves in one of three ways, each freeing its blocks exactly once:
-``finish`` (done or given up), ``offer`` (handed over; freed when the transceiver reports it released), or
-an abandoned pull (freed when its last byte has arrived).
+the instance's blocks. A sequence leaves in one of these ways, each freeing its blocks exactly once:
+``finish`` (done or given up), ``offer`` (handed over; freed when the transceiver reports it released), an
+abandoned pull (freed when its last byte has arrived), or a cancel while a launched step still writes its
+blocks or a watcher reads them (freed when that is over).
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
@@ -17,6 +19,7 @@ import msgspec
 import torch
 
 from disagg_mpi.engine.block_manager import BlockManager
+from disagg_mpi.engine.reuse import PrefixReuse
 from disagg_mpi.engine.sampler import Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
 from disagg_mpi.engine.sequence import Sequence, Status
@@ -26,10 +29,18 @@ from disagg_mpi.transfer.layout import runs_of
 from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
 
 
-class Forward(Protocol):
-    """What the engine needs of a model."""
+class Steps(Protocol):
+    """What the engine needs of :class:`disagg_mpi.engine.runner.Runner`."""
 
-    def forward(self, chunks: Seq[Chunk]) -> torch.Tensor: ...
+    @property
+    def num_stages(self) -> int: ...
+
+    @property
+    def num_in_flight(self) -> int: ...
+
+    def launch(self, chunks: Seq[Chunk], on_layer: Callable[[int], None] | None = None) -> None: ...
+
+    def poll(self) -> tuple[Seq[Chunk], torch.Tensor | None] | None: ...
 
 
 class NewToken(msgspec.Struct, frozen=True):
@@ -65,22 +76,29 @@ class Engine:
     def __init__(
         self,
         *,
-        runner: Forward,
+        runner: Steps,
         sampler: Sampler,
         scheduler: Scheduler,
         blocks: BlockManager,
         transceiver: Transceiver,
         eos_token_ids: Seq[int],
+        reuse: PrefixReuse | None = None,
+        announces_layers: bool = False,
     ) -> None:
+        """``announces_layers``: every rank of the instance is in the same layer at the same time, so this
+        rank's progress within a step is all ranks'."""
         self._runner = runner
         self._sampler = sampler
         self._scheduler = scheduler
         self._blocks = blocks
         self._transceiver = transceiver
         self._eos = frozenset(eos_token_ids)
+        self._reuse = reuse
+        self._announces_layers = announces_layers
         self._dropped: list[Dropped] = []
-        # Sequences whose pull was given up while bytes were on their way: id → what to report.
+        # Given up while a step, a pull or a watcher still uses the blocks: id → what to report.
         self._leaving: dict[int, Dropped] = {}
+        self._resized: dict[int, int] = {}
         self.stats = StepStats()
 
     # ---- requests in and out ----
@@ -95,6 +113,7 @@ class Engine:
     def finish(self, sequence: Sequence) -> None:
         """The sequence is over: forget it, free its blocks."""
         self._scheduler.remove(sequence)
+        self._resized.pop(sequence.id, None)
         if self._blocks.owns(sequence.id):
             self._blocks.free(sequence.id)
 
@@ -103,20 +122,35 @@ class Engine:
         self._scheduler.remove(sequence)
         return self._transceiver.offer(sequence.id, sequence.block_ids, sequence.num_prompt_tokens)
 
+    def proceed(self, request_id: int, params: ContextPhaseParams) -> None:
+        """The context phase of a sequence that came early is over."""
+        if request_id in self._leaving:
+            return  # its pull lets the context go
+        sequence = self._scheduler.get(request_id)
+        if sequence is None:
+            self.refuse(params)
+            return
+        sequence.context_params = params
+        if sequence.status is Status.HANDOVER:
+            self._transceiver.proceed(request_id)
+
     def cancel(self, request_id: int, reason: FinishReason, error: str) -> None:
         """Give a sequence up wherever it is; a :class:`Dropped` follows once its blocks are free."""
         sequence = self._scheduler.get(request_id)
-        if sequence is None:
+        if sequence is None or request_id in self._leaving:
             return
         dropped = Dropped(sequence, reason, error)
         if sequence.status is Status.HANDOVER and self._transceiver.abandon(request_id):
             self._leaving[request_id] = dropped
             return
-        params = sequence.request.context_phase_params
-        if params is not None and sequence.status is Status.WAITING:
-            self.refuse(params)
-        self.finish(sequence)
-        self._dropped.append(dropped)
+        if sequence.num_in_flight:
+            sequence.status = Status.HANDOVER  # in no further step
+            self._leaving[request_id] = dropped
+            return
+        if sequence.context_params is not None and sequence.status is Status.WAITING \
+                and sequence.takes_over:
+            self.refuse(sequence.context_params)
+        self._leave(dropped)
 
     def drop_offer(self, request_id: int) -> None:
         """Free the blocks of a context that nobody will pull."""
@@ -140,31 +174,58 @@ class Engine:
         return bool(events)
 
     def step(self) -> list[NewToken]:
-        """One step. Returns its new tokens; :meth:`take_dropped` the sequences that left."""
+        """One step. Returns its new tokens; :meth:`take_dropped` the sequences that left.
+
+        With pipeline stages: launches steps while there is something for them and a stage free, and
+        returns the tokens of the oldest that is over.
+        """
         self.progress()
         for sequence in self._scheduler.admit():
-            if sequence.is_generation_only:
+            if sequence.takes_over:
                 self._start_pull(sequence)
+            elif sequence.timing.num_preempted:
+                self._resized[sequence.id] = len(sequence.block_ids)
+            else:
+                sequence.timing.cached_tokens = sequence.num_computed
         self.progress()  # in a shared pool a pull is over at once
-        chunks = self._scheduler.schedule()
         start = time.monotonic()
-        tokens = self._run(chunks, start) if chunks else []
-        self._update_stats(chunks, start)
+        grown, preempted = self._scheduler.grow()
+        for sequence in (*grown, *preempted):
+            self._resized[sequence.id] = len(sequence.block_ids)
+        launched: list[Chunk] = []
+        while self._runner.num_in_flight < self._runner.num_stages:
+            chunks = self._scheduler.schedule()
+            if not chunks:
+                break
+            self._launch(chunks, start)
+            launched += chunks
+        over = self._runner.poll()
+        tokens = self._finish_step(*over) if over is not None else []
+        self._update_stats(launched, start)
         return tokens
 
     def take_dropped(self) -> list[Dropped]:
         dropped, self._dropped = self._dropped, []
         return dropped
 
+    def take_resized(self) -> dict[int, int]:
+        """Sequences that hold another number of blocks than they were first admitted with, or than when
+        last asked, and how many."""
+        resized, self._resized = self._resized, {}
+        return resized
+
     @property
     def has_work(self) -> bool:
         """Whether :meth:`step` would do something now, bytes on their way aside."""
-        return any(s.status is not Status.HANDOVER for s in self._scheduler) or bool(self._dropped)
+        return (any(s.status is not Status.HANDOVER for s in self._scheduler) or bool(self._dropped)
+                or self._runner.num_in_flight > 0)
 
     @property
     def is_moving(self) -> bool:
-        """Whether bytes are on their way that move only while :meth:`progress` is called."""
-        return not self._transceiver.has_thread and self._transceiver.is_moving
+        """Whether something is on its way that moves only while :meth:`progress` or :meth:`step` is
+        called."""
+        return self._runner.num_in_flight > 0 or (
+            not self._transceiver.has_thread and self._transceiver.is_moving)
 
     @property
     def num_free_blocks(self) -> int:
@@ -174,6 +235,11 @@ class Engine:
     def num_open(self) -> int:
         """Sequences, offers and pulls that are not over."""
         return len(self._scheduler) + self._transceiver.num_open
+
+    @property
+    def pool(self) -> str:
+        """Name of the pool; instances with equal names share it, and what it holds of prefixes."""
+        return self._transceiver.pool
 
     def check(self, idle: bool) -> list[str]:
         """What is wrong with the books; with ``idle``, anything still owned or open as well."""
@@ -199,25 +265,69 @@ class Engine:
         """The end: give back what the hand-over holds."""
         self._transceiver.close()
 
-    # ---- inside ----
+    # ---- inside: steps ----
 
-    def _run(self, chunks: Seq[Chunk], start: float) -> list[NewToken]:
+    def _launch(self, chunks: Seq[Chunk], start: float) -> None:
         for chunk in chunks:
-            if not chunk.sequence.started_at:
-                chunk.sequence.started_at = start
-                chunk.sequence.timing.queue += start - chunk.sequence.enqueued_at
-        logits = self._runner.forward(chunks)
+            sequence = chunk.sequence
+            sequence.num_in_flight += 1
+            sequence.num_scheduled = chunk.end
+            if not sequence.started_at:
+                sequence.started_at = start
+                sequence.timing.queue += start - sequence.enqueued_at
+        last = [c.sequence for c in chunks if c.sequence.is_context_only and c.samples]
+        self._runner.launch(chunks, self._announcer(last))
+        if self._runner.num_stages == 1:
+            # Every rank has written its part: what is watched leaves before the logits are looked at.
+            for chunk in chunks:
+                self._announce(chunk.sequence, chunk.end)
+
+    def _announcer(self, sequences: Seq[Sequence]) -> Callable[[int], None] | None:
+        """Called by the forward for each layer: layers of a prompt's last chunk leave as they are
+        computed."""
+        watched = [s for s in sequences if self._transceiver.is_watched(s.id)]
+        if not watched or not self._announces_layers:
+            return None
+
+        def on_layer(layer: int) -> None:
+            # The layers before it: other ranks of the stage may not have written this one yet.
+            for sequence in watched:
+                self._transceiver.computed(sequence.id, sequence.block_ids, sequence.num_prompt_tokens,
+                                           sequence.num_prompt_tokens, layer)
+
+        return on_layer
+
+    def _announce(self, sequence: Sequence, end: int) -> None:
+        if sequence.is_context_only and self._transceiver.is_watched(sequence.id):
+            self._transceiver.computed(
+                sequence.id, sequence.block_ids, sequence.num_prompt_tokens, end)
+
+    def _finish_step(self, chunks: Seq[Chunk], logits: torch.Tensor | None) -> list[NewToken]:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = self._sampler(logits, sampling) if sampling else []
+        sampled = self._sampler(logits, sampling) if logits is not None else []
+        now = time.monotonic()
         for chunk in chunks:
-            was_context = chunk.sequence.in_context_phase
-            chunk.sequence.num_computed = chunk.end
-            if was_context and chunk.samples:
-                chunk.sequence.timing.context = time.monotonic() - chunk.sequence.started_at
+            sequence = chunk.sequence
+            sequence.num_in_flight -= 1
+            before, sequence.num_computed = sequence.num_computed, chunk.end
+            if sequence.id in self._leaving:
+                continue
+            if self._reuse is not None:
+                self._reuse.computed(sequence, before)
+            if chunk.samples and chunk.start < sequence.num_prompt_tokens and not sequence.timing.context:
+                sequence.timing.context = now - sequence.started_at
+            if self._runner.num_stages > 1:
+                self._announce(sequence, chunk.end)
         tokens = []
         for sequence, one in zip(sampling, sampled, strict=True):
-            sequence.token_ids.append(one.token)
-            tokens.append(NewToken(sequence, one, self._finish_reason(sequence, one.token)))
+            if sequence.id not in self._leaving:
+                sequence.token_ids.append(one.token)
+                tokens.append(NewToken(sequence, one, self._finish_reason(sequence, one.token)))
+        for chunk in chunks:
+            left = self._leaving.get(chunk.sequence.id)
+            if left is not None and not chunk.sequence.num_in_flight:
+                del self._leaving[chunk.sequence.id]
+                self._leave(left)
         return tokens
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
@@ -228,18 +338,25 @@ class Engine:
             return "length"
         return None
 
+    # ---- inside: hand-overs ----
+
     def _start_pull(self, sequence: Sequence) -> None:
-        params = sequence.request.context_phase_params
-        assert params is not None  # checked at enqueue
         sequence.timing.queue = time.monotonic() - sequence.enqueued_at
+        sequence.timing.held_tokens = sequence.num_computed
+        params = sequence.context_params
+        if params is None:
+            source = sequence.request.early_source
+            assert source is not None  # checked at enqueue
+            self._transceiver.expect(sequence.id, sequence.id, source, sequence.block_ids,
+                                     sequence.num_prompt_tokens, sequence.num_computed)
+            return
         try:
             self._transceiver.pull(
                 sequence.id, params.req_id, params.opaque_state, sequence.block_ids,
-                sequence.num_prompt_tokens)
+                sequence.num_prompt_tokens, sequence.num_computed)
         except RequestError as error:
             self.refuse(params)
-            self.finish(sequence)
-            self._dropped.append(Dropped(sequence, "error", f"the hand-over failed: {error}"))
+            self._leave(Dropped(sequence, "error", f"the hand-over failed: {error}"))
 
     def _pulled(self, event: Pulled) -> None:
         sequence = self._scheduler.get(event.request_id)
@@ -249,24 +366,42 @@ class Engine:
             sequence.block_ids = self._blocks.table(sequence.id)
         left = self._leaving.pop(sequence.id, None)
         if left is not None:  # given up on the way, or when the last byte had just arrived
-            self.finish(sequence)
-            self._dropped.append(left)
+            self._leave(left)
             return
-        sequence.timing.handover = event.seconds
+        sequence.timing.handover = event.exposed
+        sequence.timing.transfer = event.seconds
         sequence.timing.handover_bytes = event.bytes_moved
         sequence.timing.kv_bytes = event.kv_bytes
-        sequence.timing.transport = event.transport
-        params = sequence.request.context_phase_params
+        sequence.timing.transport = event.way
+        params = sequence.context_params
         assert params is not None
+        held = sequence.num_computed
         sequence.adopt_context(params.first_gen_tokens)
+        if self._reuse is not None and event.taken is None:
+            self._reuse.computed(sequence, held)
         sequence.started_at = time.monotonic()
         sequence.status = Status.RUNNING
 
     def _released(self, event: Released) -> None:
-        if event.exchanged is None:
-            self._blocks.free(event.request_id)
-        else:
+        if event.exchanged is not None:
             self._blocks.free_exchanged(event.request_id, event.exchanged)
+        elif self._blocks.owns(event.request_id):
+            self._blocks.free(event.request_id)
+        left = self._leaving.pop(event.request_id, None)
+        if left is not None:  # cancelled while a watcher read its blocks
+            self._scheduler.remove(left.sequence)
+            self._dropped.append(left)
+
+    def _leave(self, dropped: Dropped) -> None:
+        """The sequence goes, now or when nobody reads its blocks any more."""
+        sequence = dropped.sequence
+        is_watched = sequence.is_context_only and self._transceiver.end(sequence.id)
+        if is_watched and self._blocks.owns(sequence.id):
+            sequence.status = Status.HANDOVER  # in no further step
+            self._leaving[sequence.id] = dropped
+            return
+        self.finish(sequence)
+        self._dropped.append(dropped)
 
     def _update_stats(self, chunks: Seq[Chunk], start: float) -> None:
         context = sum(c.length for c in chunks if c.start < c.sequence.num_prompt_tokens)

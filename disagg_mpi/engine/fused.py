@@ -7,12 +7,12 @@ the file was made for it, as the default model's) are multiplied as one, without
 model's generation step takes 32.5 instead of 37.6 ms on one thread, 28 instead of 31 on two.
 
 The model itself stays transformers': this class takes its parameters and its rotary embedding, and is
-chosen by itself for the architectures that it knows; all others run as they are.
+chosen by itself for the architectures that it knows; all others run as they are. Of a tensor-parallel stage
+rank 0 adds bias and residual to its product, so that they are in the ranks' sum once.
 """
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,23 +20,26 @@ import torch.nn.functional as F
 from torch import nn
 
 from disagg_mpi.engine.attention import StepLayout, attend
+from disagg_mpi.engine.tensor_parallel import Collectives, ModelShard, summed
 
 _FAMILY = ("llama", "mistral", "qwen2")
 
 
-class FusedLlama(nn.Module):
-    """Called as the model that it wraps, for packed steps only."""
+class FusedLlama:
+    """The layers of a stage, and its logits."""
 
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
+    def __init__(self, model: nn.Module, shard: ModelShard, collectives: Collectives | None) -> None:
         config: Any = model.config
-        self.config = config
         self._model: Any = model
-        self._heads = config.num_attention_heads
-        self._kv_heads = config.num_key_value_heads
+        self._is_last = shard.is_last
+        self._adds_residual = shard.tp_rank == 0
+        self._collectives = collectives if shard.tp > 1 else None
         self._eps = config.rms_norm_eps
         self._layers: list[Any] = list(self._model.model.layers)  # type: ignore[arg-type, union-attr]
-        self._head_dim = self._layers[0].self_attn.head_dim
+        attention = self._layers[0].self_attn
+        self._head_dim = attention.head_dim
+        self._heads = len(attention.q_proj.weight) // self._head_dim
+        self._kv_heads = len(attention.k_proj.weight) // self._head_dim
         self._qkv = [_joined(a.q_proj, a.k_proj, a.v_proj) for a in (x.self_attn for x in self._layers)]
         self._gate_up = [_joined(m.gate_proj, m.up_proj) for m in (x.mlp for x in self._layers)]
 
@@ -50,24 +53,20 @@ class FusedLlama(nn.Module):
                         and getattr(layer.self_attn, "sliding_window", None) is None
                         for layer in model.model.layers))  # type: ignore[union-attr]
 
-    def forward(
-        self,
-        input_ids: torch.Tensor,
-        position_ids: torch.Tensor,
-        use_cache: bool,
-        logits_to_keep: torch.Tensor | int,
-        paged: StepLayout,
-    ) -> SimpleNamespace:
-        """``.logits`` ``[1, kept tokens, vocabulary]`` for ``input_ids`` ``[1, tokens]``."""
+    def __call__(
+        self, hidden: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor, paged: StepLayout
+    ) -> torch.Tensor:
+        """Logits ``[kept tokens, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage.
+
+        ``hidden`` is ``[tokens, hidden_size]``, ``position_ids`` ``[1, tokens]``.
+        """
         model = self._model.model
-        hidden = model.embed_tokens(input_ids)
         cos, sin = (table[0].unsqueeze(1) for table in model.rotary_emb(hidden, position_ids))
-        hidden = hidden[0]
         for index, layer in enumerate(self._layers):
             hidden = self._layer(index, layer, hidden, cos, sin, paged)
-        kept = hidden[-logits_to_keep:] if isinstance(logits_to_keep, int) else hidden[logits_to_keep]
-        logits = _linear(self._norm(kept, model.norm), self._model.lm_head)
-        return SimpleNamespace(logits=logits.unsqueeze(0))
+        if not self._is_last:
+            return hidden
+        return _linear(self._norm(hidden[keep], model.norm), self._model.lm_head)
 
     def _layer(
         self,
@@ -89,7 +88,7 @@ class FusedLlama(nn.Module):
         both = _rotate(heads[:, : self._heads + self._kv_heads], cos, sin)
         out = attend(paged, index, both[:, : self._heads], both[:, self._heads :],
                      heads[:, self._heads + self._kv_heads :], scaling=attention.scaling)
-        hidden = _linear_and(out.view(count, -1), attention.o_proj, "add", hidden)
+        hidden = self._add(out.view(count, -1), attention.o_proj, hidden)
         normed = self._norm(hidden, layer.post_attention_layernorm)
         joined = self._gate_up[index]
         if joined is not None:
@@ -97,7 +96,12 @@ class FusedLlama(nn.Module):
             product = F.silu(gate) * up
         else:
             product = _linear_and(normed, mlp.up_proj, "mul", _linear(normed, mlp.gate_proj, "swish"))
-        return _linear_and(product, mlp.down_proj, "add", hidden)
+        return self._add(product, mlp.down_proj, hidden)
+
+    def _add(self, x: torch.Tensor, layer: nn.Linear, residual: torch.Tensor) -> torch.Tensor:
+        """``layer(x) + residual``, of all ranks together."""
+        out = _linear_and(x, layer, "add", residual) if self._adds_residual else _linear(x, layer)
+        return out if self._collectives is None else summed(out, self._collectives)
 
     def _norm(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, self._eps)

@@ -1,8 +1,9 @@
-"""A transformers model whose weights are the checkpoint's own pages.
+"""A rank's part of a transformers model, whose weights are the checkpoint's own pages.
 
-The model is built without memory and each parameter is then a view into the memory-mapped safetensors
-files, so all ranks of a host read the same physical pages: weights are held once a host, and loading
-costs a mapping, not a copy. The files must hold the type that is computed with; :func:`ensure_dtype
+The model is built without memory, with the layers of the rank's pipeline stage, and each parameter is then
+the rank's slice of a tensor in the memory-mapped safetensors files (:mod:`.mapped_weights`), so all ranks
+of a host read the same physical pages: weights are held once a host, loading costs a mapping, and no rank
+of several ever holds the whole model. The files must hold the type that is computed with; :func:`ensure_dtype
 <disagg_mpi.model.variants.ensure_dtype>` writes such a copy into the cache once where they do not.
 
 Linear layers go through oneDNN where torch has it: with the checkpoint's ``[out, in]`` weights as they
@@ -12,14 +13,17 @@ are, one thread, the default model's layers take 28 against MKL's 45 ms for 8 to
 
 from __future__ import annotations
 
+import copy
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from disagg_mpi.engine import attention
-from disagg_mpi.engine.fused import FusedLlama
+from disagg_mpi.engine import attention, tensor_parallel
+from disagg_mpi.engine.mapped_weights import MappedWeights
+from disagg_mpi.engine.tensor_parallel import Collectives, ModelShard, Slice
 from disagg_mpi.errors import ModelError
 from disagg_mpi.model.checkpoint import weight_files
 
@@ -28,10 +32,30 @@ _UNSUPPORTED = {
     "attn_logit_softcapping": "softcapped attention logits",
     "attention_chunk_size": "chunked attention",
 }
+# Families that do nothing to hidden states but pass them through ``model.layers`` and ``model.norm``.
+PIPELINED = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 
-def load_model(path: Path, dtype: str) -> nn.Module:
-    """The causal language model in ``path``, ready for packed steps. Raises :class:`ModelError`."""
+class LoadedModel(NamedTuple):
+    """A stage's model; its layers count from 0, ``first_layer`` is the first one's number in the whole."""
+
+    module: nn.Module
+    first_layer: int
+
+
+def load_model(
+    path: Path,
+    dtype: str,
+    shard: ModelShard = ModelShard(),  # noqa: B008
+    collectives: Collectives | None = None,
+) -> LoadedModel:
+    """This rank's part of the causal language model in ``path``, ready for packed steps.
+
+    A stage that is not the first has no embedding and takes ``inputs_embeds``; one that is not the last has
+    neither final norm nor output layer: its hidden states are those of the module's ``model``. Raises
+    :class:`ModelError`, also for a model that cannot be cut into ``shard``.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     attention.register()
@@ -55,6 +79,10 @@ def load_model(path: Path, dtype: str) -> nn.Module:
         if isinstance(each, dict) and each.get("rope_type") in ("dynamic", "longrope"):
             raise ModelError(f"{path}: {config.model_type} uses {each['rope_type']} rotary positions, "
                              "which change with the length of the text and cannot be batched")
+    num_layers = config.num_hidden_layers
+    first_layer, _ = shard.layers_of(num_layers)
+    if shard.pp > 1:
+        config = _stage_config(path, config, shard)
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(
@@ -65,32 +93,93 @@ def load_model(path: Path, dtype: str) -> nn.Module:
     if getattr(model, "_is_stateful", False):
         raise ModelError(f"{path}: {config.model_type} keeps state outside the KV-cache; supported are "
                          "plain and sliding-window causal decoders")
-    _assign_weights(model, path, DTYPES[dtype])
+    if shard.tp > 1 and collectives is None:
+        raise ValueError(f"tp={shard.tp} needs collectives")
+    names = _Names(model, first_layer, num_layers)
+    slices = tensor_parallel.split(model, shard) if shard.tp > 1 else {}
+    if not shard.is_first:
+        model.model.embed_tokens = None
+    if not shard.is_last:
+        model.model.norm, model.lm_head = nn.Identity(), None
+    _assign_weights(model, path, MappedWeights(weight_files(path), DTYPES[dtype]), names, slices)
     _fill_buffers(model, config)
     for module in model.modules():
-        if type(module) is nn.Linear and _has_onednn(dtype):
+        if type(module) is nn.Linear and has_onednn(dtype):
             module.__class__ = OneDnnLinear
-    ready: nn.Module = model.eval().requires_grad_(False)
-    # In bf16 its fewer roundings would give other tokens than transformers' modules do.
-    fits = dtype == "fp32" and _has_onednn(dtype) and FusedLlama.fits(ready)
-    return FusedLlama(ready) if fits else ready
+    if collectives is not None and shard.tp > 1:
+        tensor_parallel.connect(model, slices, collectives)
+    return LoadedModel(model.eval().requires_grad_(False), first_layer)
 
 
-def _assign_weights(model: nn.Module, path: Path, dtype: torch.dtype) -> None:
-    from safetensors.torch import load_file
+def _stage_config(path: Path, config: Any, shard: ModelShard) -> Any:
+    """The configuration of a model of the stage's layers alone."""
+    if config.model_type not in PIPELINED:
+        raise ModelError(f"{path}: {config.model_type} cannot be cut into pp={shard.pp} pipeline stages; "
+                         f"that is known to be right for {', '.join(PIPELINED)}; use pp=1 for it")
+    if shard.pp > config.num_hidden_layers:
+        raise ModelError(f"{path}: {config.num_hidden_layers} layers cannot be cut into pp={shard.pp} "
+                         "pipeline stages: a stage needs at least one")
+    first, end = shard.layers_of(config.num_hidden_layers)
+    config = copy.deepcopy(config)
+    config.num_hidden_layers = end - first
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[first:end]
+    return config
 
-    for file in weight_files(path):
-        tensors = load_file(file)  # memory-mapped
-        other = next((name for name, tensor in tensors.items()
-                      if tensor.is_floating_point() and tensor.dtype != dtype), None)
-        if other is not None:
-            raise ModelError(f"{file}: {other} is {tensors[other].dtype}, {dtype} is needed")
-        unexpected = model.load_state_dict(tensors, strict=False, assign=True).unexpected_keys
-        if unexpected:
-            raise ModelError(f"{file} holds tensors that {type(model).__name__} does not have: "
-                             + ", ".join(unexpected[:5]))
-    model.tie_weights()  # type: ignore[operator]
-    absent = [name for name, tensor in model.state_dict().items() if tensor.is_meta]
+
+class _Names:
+    """How the files call the tensors of a stage, whose own layers count from 0."""
+
+    def __init__(self, model: Any, first_layer: int, num_layers: int) -> None:
+        own = model.config.num_hidden_layers
+        self._first_layer = first_layer
+        self._others = {*range(num_layers)} - {*range(first_layer, first_layer + own)}
+        self._known = {self._shifted(name) for name in model.state_dict()}
+        self._tied: dict[str, str] = dict(model.all_tied_weights_keys)
+        self._tied |= {source: target for target, source in self._tied.items()}
+
+    def in_files(self, name: str, weights: MappedWeights) -> str | None:
+        """The tensor of the stage's ``name``: its own, else the one that it is tied to, if there."""
+        own = self._shifted(name)
+        found = own if own in weights else self._tied.get(own, own)
+        return found if found in weights else None
+
+    def is_known(self, tensor: str) -> bool:
+        """Whether ``tensor`` is this stage's, or of another one's layers (which may be of another kind)."""
+        layer = _LAYER.match(tensor)
+        return tensor in self._known or (layer is not None and int(layer[1]) in self._others)
+
+    def _shifted(self, name: str) -> str:
+        return _LAYER.sub(lambda m: f"model.layers.{int(m[1]) + self._first_layer}.", name)
+
+
+def _assign_weights(
+    model: nn.Module, path: Path, weights: MappedWeights, names: _Names, slices: dict[str, Slice]
+) -> None:
+    unexpected = [name for name in weights.names if not names.is_known(name)]
+    if unexpected:
+        raise ModelError(f"{weights.path_of(unexpected[0])} holds tensors that {type(model).__name__} does "
+                         "not have: " + ", ".join(unexpected[:5]))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    absent = []
+    for name, wanted in model.state_dict().items():
+        tensor = names.in_files(name, weights)
+        if tensor is None:
+            absent.append(name)
+            continue
+        if weights.shape_of(tensor) != wanted.shape:
+            raise ModelError(f"{weights.path_of(tensor)}: found {tensor} with shape "
+                             f"{weights.shape_of(tensor)}, config.json needs {tuple(wanted.shape)}")
+        part = slices.get(name)
+        if part is None:
+            found = weights.whole(tensor)
+        elif part.dim == 0:
+            found = weights.rows(tensor, part.start, part.end)
+        else:
+            found = weights.columns(tensor, part.start, part.end)
+        owner, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(owner), leaf,
+                nn.Parameter(found, requires_grad=False) if name in parameters else found)
     if absent:
         raise ModelError(f"{path}: the safetensors files lack {len(absent)} tensors of "
                          f"{type(model).__name__}, {absent[0]} among them")
@@ -114,7 +203,7 @@ def _fill_buffers(model: nn.Module, config: Any) -> None:
             setattr(module, name, getattr(fresh, name))
 
 
-def _has_onednn(dtype: str) -> bool:
+def has_onednn(dtype: str) -> bool:
     return (bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
             and hasattr(torch.ops.mkldnn, "_linear_pointwise")
             and (dtype == "fp32" or torch.ops.mkldnn._is_mkldnn_bf16_supported()))

@@ -15,7 +15,15 @@ from collections.abc import Collection, Iterable
 import msgspec
 
 from disagg_mpi.comm.waiting import Waiter
-from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response
+from disagg_mpi.errors import RequestError
+from disagg_mpi.request import (
+    ContextPhaseParams,
+    ExecutorLimits,
+    ExecutorRequest,
+    FinishReason,
+    PoolBlocks,
+    Response,
+)
 
 
 class IterationStats(msgspec.Struct, frozen=True):
@@ -85,6 +93,10 @@ class Executor(ABC):
     def drop_context(self, request_id: int) -> None:
         """Free a finished context that will not be pulled by anyone."""
 
+    def proceed(self, request_id: int, params: ContextPhaseParams) -> None:
+        """Go on with a request that was enqueued with ``early_source``: its context phase is over."""
+        raise RequestError(f"{type(self).__name__} takes no requests whose context phase still runs")
+
     def can_enqueue_requests(self) -> bool:
         """Whether this rank leads an instance that still takes requests."""
         return True
@@ -103,6 +115,11 @@ class Executor(ABC):
     def pool_blocks(self) -> PoolBlocks | None:
         """Which blocks of which pool are this instance's; ``None`` without a pool."""
         return None
+
+    @property
+    def pool(self) -> str:
+        """Name of the memory whose prefix cache this instance reads; empty without one."""
+        return ""
 
     @abstractmethod
     def shutdown(self, timeout: float = 30.0) -> None:

@@ -53,6 +53,12 @@ class BuiltinExecutor(Executor):
     def drop_context(self, request_id: int) -> None:
         self._engine.drop_offer(request_id)
 
+    def proceed(self, request_id: int, params: ContextPhaseParams) -> None:
+        text = self._texts.get(request_id)
+        if text is not None:
+            text.push(params.first_gen_tokens)
+        self._engine.proceed(request_id, params)
+
     def get_latest_iteration_stats(self) -> list[IterationStats]:
         stats = list(self._stats)
         self._stats.clear()
@@ -66,6 +72,10 @@ class BuiltinExecutor(Executor):
 
     def pool_blocks(self) -> PoolBlocks | None:
         return self._engine.pool_blocks()
+
+    @property
+    def pool(self) -> str:
+        return self._engine.pool
 
     def shutdown(self, timeout: float = 30.0) -> None:
         end = time.monotonic() + timeout
@@ -96,6 +106,7 @@ class BuiltinExecutor(Executor):
             self._respond(self._take_token(token))
         for dropped in self._engine.take_dropped():
             self._respond(self._take_dropped(dropped))
+        self._report_sizes()
         self._iteration += 1
         stats = self._engine.stats
         if stats.num_active:
@@ -126,6 +137,19 @@ class BuiltinExecutor(Executor):
             text.push(params.first_gen_tokens)
         self._texts[request.request_id] = text
         self._engine.add(Sequence(request))
+
+    def _report_sizes(self) -> None:
+        """Tell how many blocks requests hold, with the step's response to them where there is one."""
+        resized = self._engine.take_resized()
+        if not resized:
+            return
+        for response in self._ready:
+            count = resized.pop(response.request_id, None)
+            if count is not None and not response.is_final:
+                response.num_blocks = count
+        for request_id, count in resized.items():
+            if request_id in self._texts:
+                self._respond(Response(request_id=request_id, num_blocks=count))
 
     def _take_token(self, new: NewToken) -> Response:
         sequence, reason = new.sequence, new.finish_reason

@@ -15,6 +15,7 @@ from disagg_mpi.comm.messages import (
     Enqueue,
     IntegrityCheck,
     IntegrityReport,
+    Proceed,
     Ready,
     Shutdown,
     Step,
@@ -39,10 +40,10 @@ class LeaderService:
         self._waiter = waiter
         self.stopping = False
 
-    def announce(self, transports: dict[str, str]) -> None:
-        """Tell rank 0 that requests can come."""
+    def announce(self, ways: dict[int, str]) -> None:
+        """Tell rank 0 that requests can come, and how KV-cache comes here from each context instance."""
         self._channel.send(ORCHESTRATOR_RANK, Ready(
-            self._instance_id, self._executor.limits, transports))
+            self._instance_id, self._executor.limits, ways, self._executor.pool))
 
     def run(self) -> None:
         """Serve until told to stop, then finish what others still pull from here."""
@@ -72,6 +73,8 @@ class LeaderService:
         executor = self._executor
         if isinstance(message, Enqueue):
             executor.enqueue_requests(message.requests)
+        elif isinstance(message, Proceed):
+            executor.proceed(message.request_id, message.params)
         elif isinstance(message, Cancel):
             for request_id in message.request_ids:
                 executor.cancel_request(request_id, message.reason)

@@ -7,8 +7,13 @@ from disagg_mpi.request import ExecutorLimits, ExecutorRequest, RequestType
 
 
 def blocks_needed(limits: ExecutorLimits, num_prompt_tokens: int, max_tokens: int) -> int:
-    """Blocks that a request holds in a generation instance."""
+    """Blocks that a request holds in a generation instance when it generates its last token."""
     return -(-positions_needed(num_prompt_tokens, max_tokens) // limits.tokens_per_block)
+
+
+def blocks_reserved(limits: ExecutorLimits, num_prompt_tokens: int, max_tokens: int) -> int:
+    """Blocks that it is admitted with."""
+    return blocks_needed(limits, num_prompt_tokens, min(max_tokens, limits.reserved_output))
 
 
 def problem_with(request: ExecutorRequest, limits: ExecutorLimits) -> str | None:
@@ -36,7 +41,7 @@ def problem_with(request: ExecutorRequest, limits: ExecutorLimits) -> str | None
     if params.temperature and params.seed is None and request.type is not (
             RequestType.CONTEXT_AND_GENERATION):
         return "a sampled request whose phases are split needs a seed, so that both draw alike"
-    if request.type is RequestType.GENERATION_ONLY:
+    if request.type is RequestType.GENERATION_ONLY and request.early_source is None:
         context = request.context_phase_params
         if context is None:
             return "a GENERATION_ONLY request needs the context_phase_params of its context phase"

@@ -58,8 +58,10 @@ def summary(result: Result) -> str:
     output = len(result.token_ids)
     rows = [("queue", _seconds(timing.queue), "")]
     if timing.context:
+        computed = max(prompt - timing.cached_tokens, 1)
+        cached = f", {timing.cached_tokens} of them cached" if timing.cached_tokens else ""
         rows.append(("context", _seconds(timing.context),
-                     f"{prompt} tokens, {prompt / timing.context:.0f} tokens/s"))
+                     f"{prompt} tokens{cached}, {computed / timing.context:.0f} tokens/s"))
     if timing.transport:
         rows.append(("hand-over", _seconds(timing.handover), _handover(timing)))
     if timing.ttft:
@@ -69,14 +71,21 @@ def summary(result: Result) -> str:
     if timing.tpot:
         rows.append(("each next token", _seconds(timing.tpot),
                      f"{output} tokens, {1 / timing.tpot:.1f} tokens/s (TPOT)"))
+    if timing.num_preempted:
+        rows.append(("preempted", f"{timing.num_preempted} x", 
+                     "its blocks went to older requests; computed again"))
     rows.append(("total", _seconds(timing.total), f"finished: {result.finish_reason}"))
     return "\n".join(f"  {name:<16}{value:>10}   {note}".rstrip() for name, value, note in rows)
 
 
 def _handover(timing: Timing) -> str:
     size = f"{timing.kv_bytes / 2**20:.1f} MiB"
+    if timing.held_tokens:
+        size += f", but for {timing.held_tokens} tokens that were there,"
     if not timing.handover_bytes:
         return f"{size} of KV-cache stayed where it is, 0 bytes moved ({timing.transport})"
+    if timing.transfer > 2 * timing.handover:
+        return f"{size} moved while the context was computed ({timing.transport})"
     return f"{size} moved, {timing.handover_gb_per_s:.2f} GB/s ({timing.transport})"
 
 

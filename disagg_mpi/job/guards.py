@@ -209,7 +209,7 @@ def _at_exit() -> None:
 
 
 def _end_on_usage_error(error: DisaggError) -> NoReturn:
-    """End with one line, without a traceback, said once if every rank has raised the same."""
+    """End with what the user must know, without a traceback, said once if every rank has raised the same."""
     code = error.exit_code
     line = f"{type(error).__name__}: {error}\n"
     is_root = launcher_rank() == 0 if _job is None else _job.is_root

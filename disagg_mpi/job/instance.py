@@ -1,7 +1,7 @@
-"""Builds the executor of one instance on its rank: pool, engine, API.
+"""Builds one rank's part of an instance: memory, model, and at the leader engine and API.
 
-Every rank calls :func:`make_pool` (shared memory is made collectively); ranks of an instance then call
-:func:`make_executor`, which imports torch, with the thread settings in place by then.
+Every rank calls :func:`make_memory` (shared memory is made collectively); ranks of an instance then call
+:func:`make_worker`, which imports torch, with the thread settings in place by then.
 """
 
 from __future__ import annotations
@@ -10,132 +10,114 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from disagg_mpi.comm import environment
+from disagg_mpi.comm.messages import Message
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.errors import LayoutError
 from disagg_mpi.executor.base import Executor
+from disagg_mpi.executor.follower import FollowerService
+from disagg_mpi.job.arrangement import Arrangement
 from disagg_mpi.job.plan import MemoryPlan
 from disagg_mpi.job.world import World
 from disagg_mpi.model.checkpoint import ModelSpec
+from disagg_mpi.prefix import BlockHasher, PrefixTags
 from disagg_mpi.request import ExecutorLimits
-from disagg_mpi.topology import ORCHESTRATOR_RANK, Group
-from disagg_mpi.transfer.layout import KvLayout
-from disagg_mpi.transfer.memory import SharedPool, check_shared_memory, private_pool
+from disagg_mpi.topology import Group
+from disagg_mpi.transfer.directory import CacheDirectory
+from disagg_mpi.transfer.memory import SharedMemory, check_shared_memory, private_memory
+from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.progress import ProgressThread
-from disagg_mpi.transfer.transceiver import SHARED, Transceiver
-from disagg_mpi.transfer.transports import MpiTransport, Pool
+from disagg_mpi.transfer.transceiver import Transceiver
+from disagg_mpi.transfer.transports import CopyTransport, MpiTransport, Pool
 
 if TYPE_CHECKING:
+    from disagg_mpi.engine.runner import StageRunner
     from disagg_mpi.model.tokenizer import Tokenizer
 
 
-class RankPool:
-    """The memory of one rank's KV-cache, and which block ids are this rank's at first."""
+class RankMemory:
+    """The memory of this rank's KV-cache, and where everybody's lies."""
 
-    def __init__(self, name: str, pool: Pool, layout: KvLayout, block_ids: range,
-                 shared: SharedPool | None = None) -> None:
-        self.name = name
-        self.pool = pool
-        self.layout = layout
-        self.block_ids = block_ids
-        self._shared = shared
+    def __init__(self, arrangement: Arrangement, directory: CacheDirectory, memory: Pool,
+                 shared: SharedMemory | None) -> None:
+        self.arrangement = arrangement
+        self.directory = directory
+        self.memory = memory
+        self.shared = shared
+
+    def tags(self, instance: int) -> PrefixTags:
+        """The tags of the pool that ``instance`` has its blocks in; for its leader."""
+        place = self.arrangement.tags[instance]
+        num_bytes = PrefixTags.bytes_needed(place.num_blocks)
+        if place.offset is None or self.shared is None:
+            return PrefixTags(np.zeros(num_bytes, dtype=np.uint8), place.num_blocks)
+        memory = self.memory[place.offset : place.offset + num_bytes]
+        return PrefixTags(memory, place.num_blocks, self.shared.sync)
 
     def close(self) -> None:
-        """Collective over the host where the pool is shared."""
-        if self._shared is not None:
-            self._shared.close()
+        """Collective over the host where memory is shared."""
+        if self.shared is not None:
+            self.shared.close()
 
 
-def make_pool(world: World, config: JobConfig, plan: MemoryPlan) -> RankPool:
-    """The pool of this rank. Collective over the host. Raises :class:`ConfigError` for lack of room."""
-    own = plan.blocks_per_instance
+def make_memory(world: World, config: JobConfig, arrangement: Arrangement) -> RankMemory:
+    """The memory of this rank. Collective over the host."""
+    groups = [group.ranks for group in world.topology.groups]
+    directory = CacheDirectory(arrangement.views, groups, use_memory=config.transport != "mpi")
     if config.transport == "mpi":
-        layout = plan.layout(own)
-        num_bytes = 0 if world.rank == ORCHESTRATOR_RANK else layout.pool_bytes
-        return RankPool(f"{world.job_id}/{world.rank}", private_pool(num_bytes), layout, range(own))
-    ranks = world.host_engine_ranks
-    layout = plan.layout(max(1, own * len(ranks)))
-    num_bytes = layout.pool_bytes if ranks else 0
-    shared = SharedPool(world.host, num_bytes)
-    first = ranks.index(world.rank) * own if world.rank in ranks else 0
-    return RankPool(f"{world.job_id}/host {world.host_ranks[0]}", shared.pool, layout,
-                    range(first, first + own), shared)
+        num_bytes = arrangement.private_bytes.get(world.rank, 0)
+        return RankMemory(arrangement, directory, private_memory(num_bytes), None)
+    shared = SharedMemory(world.host, arrangement.window_bytes.get(world.host_ranks[0], 0))
+    return RankMemory(arrangement, directory, shared.memory, shared)
 
 
-def check_host_memory(world: World, config: JobConfig, plan: MemoryPlan) -> None:
+def check_host_memory(
+    world: World, config: JobConfig, plan: MemoryPlan, arrangement: Arrangement
+) -> None:
     """Raise :class:`ConfigError` or :class:`LayoutError` before memory is asked for in vain."""
-    num_pools = len(world.host_engine_ranks)
-    plan.check_memory(num_pools)
+    ranks = world.host_engine_ranks
+    window = arrangement.window_bytes.get(world.host_ranks[0], 0)
+    plan.check_memory(len(ranks), window + sum(arrangement.private_bytes.get(rank, 0) for rank in ranks))
     if config.transport == "mpi":
         return
-    check_shared_memory(num_pools * plan.pool_bytes)
-    if config.transport == SHARED and not world.is_one_host:
+    check_shared_memory(window)
+    if config.transport == "shared" and not world.is_one_host:
         raise LayoutError(
             f"--transport shared needs all ranks on one host; these are on {len(set(world.host_of))} "
             f"({', '.join(sorted(set(world.host_names)))}); leave --transport at auto")
 
 
-def transport_between(world: World, config: JobConfig, source: int, rank: int) -> str:
-    """How a KV-cache passes between two ranks."""
-    same_host = world.host_of[source] == world.host_of[rank]
-    return SHARED if config.transport != "mpi" and same_host else MpiTransport.name
-
-
-def make_executor(
+def make_worker(
     world: World,
     config: JobConfig,
     group: Group,
-    pool: RankPool | None,
+    memory: RankMemory | None,
     path: Path | None,
     spec: ModelSpec | None,
-) -> Executor:
-    """The executor of this rank's instance."""
-    if spec is None or pool is None or path is None:
+) -> Executor | FollowerService:
+    """This rank's part of its instance: the executor at the leader, else a follower. Collective over it."""
+    is_leader = world.rank == group.leader
+    if spec is None or memory is None or path is None:
         from disagg_mpi.executor.null import NullExecutor
 
-        return NullExecutor(null_limits(config), Waiter(world.doorbell))
-    num_threads = config.threads or world.threads
-    environment.apply(num_threads=num_threads)
-
-    from disagg_mpi.engine.engine import Engine
-    from disagg_mpi.engine.runner import ModelRunner
-    from disagg_mpi.engine.sampler import Sampler
-    from disagg_mpi.engine.scheduler import Scheduler
-    from disagg_mpi.executor.builtin import BuiltinExecutor
-    from disagg_mpi.model.detokenizer import Detokenizer
-
-    blocks = BlockManager(pool.block_ids)
-    scheduler = Scheduler(
-        blocks,
-        tokens_per_block=config.tokens_per_block,
-        max_batch_size=config.max_batch_size,
-        max_num_tokens=config.max_num_tokens,
-        reserve_output_in_context=_hands_over_in_pool(world, config),
-    )
-    transceiver = Transceiver(
-        world.rank, world.handover, MpiTransport(world.data_comm, pool.pool, pool.layout),
-        pool.layout, pool=pool.name, use_shared=config.transport != "mpi",
-        max_tag=world.max_tag)
-    runner = ModelRunner(path, dtype=config.dtype, layout=pool.layout, memory=pool.pool,
-                         num_threads=num_threads)
-    runner.warm_up()
-    engine = Engine(runner=runner, sampler=Sampler(spec.eos_token_ids), scheduler=scheduler,
-                    blocks=blocks, transceiver=transceiver, eos_token_ids=spec.eos_token_ids)
-    tokenizer = load_tokenizer(path)
+        if is_leader:
+            return NullExecutor(null_limits(config, group), Waiter(world.doorbell))
+        assert world.link is not None
+        return FollowerService(None, world.control, Waiter(world.doorbell), world.link, None)
+    environment.apply(num_threads=config.threads or world.threads)
+    stage = _make_stage(world, config, group, memory, path)
+    transceiver = _make_transceiver(world, config, group, memory)
     progress = None
-    if world.moves_bytes:
-        progress = ProgressThread(transceiver, world.handover_bell, world.doorbell.ring_self)
-    return BuiltinExecutor(
-        engine,
-        ExecutorLimits(
-            num_blocks=blocks.num_blocks, tokens_per_block=config.tokens_per_block,
-            max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
-            max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size),
-        Waiter(world.doorbell),
-        None if tokenizer is None else lambda: Detokenizer(tokenizer),
-        progress)
+    if world.has_threads:
+        progress = ProgressThread(transceiver, world.handover_bell, world.doorbell.ring_self, world.link)
+    if not is_leader:
+        assert world.link is not None
+        return FollowerService(stage, world.control, Waiter(world.doorbell), world.link, progress)
+    return _make_executor(world, config, group, memory, path, spec, stage, transceiver, progress)
 
 
 def load_tokenizer(path: Path) -> Tokenizer | None:
@@ -146,27 +128,124 @@ def load_tokenizer(path: Path) -> Tokenizer | None:
     return Tokenizer(path) if any((path / name).exists() for name in names) else None
 
 
-def null_limits(config: JobConfig) -> ExecutorLimits:
+def null_limits(config: JobConfig, group: Group) -> ExecutorLimits:
     """Limits of the executor that computes nothing."""
+    block_size = config.block_size(group.role)
     return ExecutorLimits(
-        num_blocks=-(-config.kv_tokens // config.tokens_per_block),
-        tokens_per_block=config.tokens_per_block, max_batch_size=config.max_batch_size,
-        max_num_tokens=config.max_num_tokens, max_model_len=config.kv_tokens, vocab_size=32000)
+        num_blocks=-(-config.kv_tokens // block_size), tokens_per_block=block_size,
+        max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+        max_model_len=config.kv_tokens, vocab_size=32000, reserved_output=config.reserved_output)
 
 
-def describe_transports(world: World, config: JobConfig, group: Group) -> dict[str, str]:
-    """Peer instance → how its KV-cache comes to ``group``."""
-    if not group.role.does_generation or config.engine == "null":
+def _make_stage(
+    world: World, config: JobConfig, group: Group, memory: RankMemory, path: Path
+) -> StageRunner:
+    import torch
+
+    from disagg_mpi.engine.attention import KvPool
+    from disagg_mpi.engine.model import StageModel
+    from disagg_mpi.engine.runner import StageRunner
+    from disagg_mpi.engine.tensor_parallel import ModelShard
+
+    torch.set_num_threads(config.threads or world.threads)
+    torch.set_grad_enabled(False)
+    shard = ModelShard(group.shape.tp, group.tp_rank(world.rank), group.shape.pp, group.pp_rank(world.rank))
+    model = StageModel(path, dtype=config.dtype, shard=shard, collectives=world.link)
+    view = memory.directory.views[world.rank]
+    stage = StageRunner(model, KvPool(memory.memory, view), world.link)
+    if world.link is not None:
+        world.link.barrier()  # the warm-up's sums would spin while other ranks still load
+    stage.warm_up()
+    return stage
+
+
+def _make_transceiver(
+    world: World, config: JobConfig, group: Group, memory: RankMemory
+) -> Transceiver:
+    view = memory.directory.views[world.rank]
+    copies = CopyTransport(memory.memory, view) if memory.shared is not None else None
+    mover = Mover(memory.directory, group.instance_id, world.rank, world.handover,
+                  MpiTransport(world.data_comm, memory.memory, view), copies, max_tag=world.max_tag)
+    return Transceiver(world.rank, group.instance_id, world.handover, memory.directory, mover)
+
+
+def _make_executor(
+    world: World,
+    config: JobConfig,
+    group: Group,
+    memory: RankMemory,
+    path: Path,
+    spec: ModelSpec,
+    stage: StageRunner,
+    transceiver: Transceiver,
+    progress: ProgressThread | None,
+) -> Executor:
+    """The leader's engine and API."""
+    from disagg_mpi.engine.engine import Engine
+    from disagg_mpi.engine.reuse import PrefixReuse
+    from disagg_mpi.engine.runner import Runner
+    from disagg_mpi.engine.sampler import Sampler
+    from disagg_mpi.engine.scheduler import Scheduler
+    from disagg_mpi.engine.tensor_parallel import ModelShard
+    from disagg_mpi.executor.builtin import BuiltinExecutor
+    from disagg_mpi.model.detokenizer import Detokenizer
+
+    tp, pp = group.shape.tp, group.shape.pp
+    view = memory.directory.views[world.rank]
+    block_size = view.layout.tokens_per_block
+    followers = group.ranks[1:]
+
+    def tell(message: Message) -> None:
+        for rank in followers:
+            world.control.send(rank, message)
+
+    makers = {(pp - 1) * tp + rank: ModelShard(tp, rank, pp, pp - 1).range_of(spec.vocab_size)
+              for rank in range(tp)}
+    makers.pop(0, None)
+    runner = Runner(stage, layout=view.layout, link=world.link, tell=tell, vocab_ranges=makers)
+    tags = memory.tags(group.instance_id) if config.prefix_cache else None
+    blocks = BlockManager(memory.arrangement.block_ids[group.instance_id], tags)
+    reuse = None
+    if tags is not None:
+        reuse = PrefixReuse(
+            blocks, tags, BlockHasher(world.job_id.encode(), block_size), runner.copy_blocks,
+            tokens_per_block=block_size, fetches=transceiver.fetches)
+    scheduler = Scheduler(
+        blocks,
+        tokens_per_block=block_size,
+        max_batch_size=config.max_batch_size,
+        max_num_tokens=config.max_num_tokens,
+        reserved_output=config.reserved_output,
+        reserve_output_in_context=_hands_over_in_pool(world.topology.groups, group, memory.directory),
+        num_stages=pp,
+        place=None if reuse is None else reuse.place,
+    )
+    engine = Engine(runner=runner, sampler=Sampler(spec.eos_token_ids), scheduler=scheduler,
+                    blocks=blocks, transceiver=transceiver, eos_token_ids=spec.eos_token_ids, reuse=reuse,
+                    announces_layers=pp == 1)
+    tokenizer = load_tokenizer(path)
+    return BuiltinExecutor(
+        engine,
+        ExecutorLimits(
+            num_blocks=blocks.num_blocks, tokens_per_block=block_size,
+            max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+            max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size,
+            reserved_output=config.reserved_output),
+        Waiter(world.doorbell),
+        None if tokenizer is None else lambda: Detokenizer(tokenizer),
+        progress)
+
+
+def ways_to(world: World, directory: CacheDirectory | None, group: Group) -> dict[int, str]:
+    """Context instance → how its KV-cache comes to ``group``."""
+    if not group.role.does_generation or directory is None:
         return {}
-    peers: Sequence[Group] = [g for g in world.topology.groups if g.role.does_context and g != group]
-    return {peer.name: transport_between(world, config, peer.leader, group.leader) for peer in peers
-            if not peer.role.does_generation}
+    return {other.instance_id: directory.way(other.instance_id, group.instance_id)
+            for other in world.topology.groups if other.role.does_context and not other.role.does_generation}
 
 
-def _hands_over_in_pool(world: World, config: JobConfig) -> bool:
-    """Whether some generation instance shares this rank's pool."""
-    here = set(world.host_ranks)
-    return config.transport != "mpi" and any(
-        here & set(group.ranks) for group in world.topology.groups
-        if group.role.does_generation and not group.role.does_context)
-
+def _hands_over_in_pool(groups: Sequence[Group], group: Group, directory: CacheDirectory) -> bool:
+    """Whether some generation instance takes this context instance's blocks by exchange."""
+    return group.role.does_context and any(
+        directory.is_exchange(group.instance_id, other.instance_id) for other in groups
+        if other.role.does_generation and not other.role.does_context)

@@ -20,30 +20,33 @@ from typing import TYPE_CHECKING
 
 from disagg_mpi.comm import environment
 from disagg_mpi.comm.agree import from_root, together
-from disagg_mpi.comm.messages import Ready
+from disagg_mpi.comm.messages import Ready, Shutdown
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.config import JobConfig
-from disagg_mpi.errors import JobFailed, LayoutError, MpiError
+from disagg_mpi.errors import JobFailed, MpiError
 from disagg_mpi.executor.base import Executor
+from disagg_mpi.executor.follower import FollowerService
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.job import guards
+from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.instance import (
-    RankPool,
+    RankMemory,
     check_host_memory,
-    describe_transports,
     load_tokenizer,
-    make_executor,
-    make_pool,
+    make_memory,
+    make_worker,
+    ways_to,
 )
 from disagg_mpi.job.plan import plan_memory
 from disagg_mpi.job.segments import unlink_shared_segments
 from disagg_mpi.job.world import World
 from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
+from disagg_mpi.orchestrator.dispatcher import Policy
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
 from disagg_mpi.orchestrator.table import InstanceView
-from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology, build_topology
-from disagg_mpi.transfer.transceiver import SHARED
-from disagg_mpi.transfer.transports import MpiTransport
+from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology, build_topology, check_model_fits
+from disagg_mpi.transfer.directory import COPY, SHARED
+from disagg_mpi.transfer.directory import MPI as MESSAGES
 
 if TYPE_CHECKING:
     from mpi4py import MPI
@@ -52,7 +55,8 @@ Progress = Callable[[str], None]
 
 _WAYS = {
     SHARED: "one shared pool on a host, 0 bytes to move",
-    MpiTransport.name: "MPI messages",
+    COPY: "one copy within a host's shared memory",
+    MESSAGES: "MPI messages",
 }
 
 
@@ -113,39 +117,57 @@ def launch_executors(
 ) -> Iterator[Executor | None]:
     """The same start, without an orchestrator: yields each instance's leader its own executor.
 
-    Rank 0 gets ``None`` and is the script's own to use. At the end each leader waits for what is still to
-    be pulled from it.
+    Rank 0 gets ``None`` and is the script's own to use; so do followers, after they have served their
+    leader to its end. At the end each leader waits for what is still to be pulled from it.
     """
     with _job(config or JobConfig(), progress) as job:
+        if isinstance(job.worker, FollowerService):
+            job.worker.run()
+            yield None
+            return
         try:
-            yield job.executor
+            yield job.worker
         except BaseException as error:
             # Here the others wait for messages of the script's own: nobody else can end that.
             guards.fatal(job.world.label, error)
-        if job.executor is not None:
-            job.executor.shutdown()
+        if job.worker is not None:
+            job.worker.shutdown()
+            job.release_followers()
 
 
 class _Job:
     """What this rank holds while the job runs."""
 
     def __init__(self, config: JobConfig, world: World, spec: ModelSpec | None, path: Path | None,
-                 pool: RankPool | None, executor: Executor | None) -> None:
+                 memory: RankMemory | None, worker: Executor | FollowerService | None) -> None:
         self.config = config
         self.world = world
         self.spec = spec
         self.path = path
-        self.pool = pool
-        self.executor = executor
+        self.memory = memory
+        self.worker = worker
 
     def serve(self) -> None:
-        """A leader's part until rank 0 says that it is over."""
+        """A worker's part until rank 0, or its leader, says that it is over."""
+        if isinstance(self.worker, FollowerService):
+            self.worker.run()
+            return
         group = self.world.topology.group_of(self.world.rank)
-        assert group is not None and self.executor is not None
-        service = LeaderService(group.instance_id, self.executor, self.world.control,
+        assert group is not None and self.worker is not None
+        service = LeaderService(group.instance_id, self.worker, self.world.control,
                                 Waiter(self.world.doorbell))
-        service.announce(describe_transports(self.world, self.config, group))
+        directory = None if self.memory is None else self.memory.directory
+        service.announce(ways_to(self.world, directory, group))
         service.run()
+        self.release_followers()
+
+    def release_followers(self) -> None:
+        """A leader's last word: nothing more will come."""
+        group = self.world.topology.group_of(self.world.rank)
+        assert group is not None
+        for rank in group.ranks[1:]:
+            self.world.control.send(rank, Shutdown())
+        self.world.control.flush(timeout=5.0)
 
     def orchestrate(self, tell: Progress) -> Orchestrator:
         """Rank 0's part: wait until every leader is ready, and say how they hand over."""
@@ -157,21 +179,25 @@ class _Job:
             for rank, message in self.world.control.poll():
                 assert isinstance(message, Ready)
                 group = self.world.topology.groups[message.instance_id]
-                ways.update(message.transports.values())
+                ways.update(message.ways.values())
                 instances.append(InstanceView(
-                    group.instance_id, group.role, group.name, rank, message.limits))
+                    group.instance_id, group.role, group.name, rank, message.limits, message.ways,
+                    message.pool if self.config.prefix_cache else ""))
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
         if ways:
             tell("hand-over: " + " and ".join(_WAYS[way] for way in sorted(ways, reverse=True)))
-        return Orchestrator(instances, self.world.control, self.world.doorbell, tokenizer)
+        policy = Policy(
+            hash_key=self.world.job_id.encode(), overlap_tokens=self.config.overlap_tokens,
+            local_context=self.config.local_context, router=self.config.router)
+        return Orchestrator(instances, self.world.control, self.world.doorbell, tokenizer, policy)
 
     def close(self) -> None:
         """Collective over the world."""
-        if self.executor is not None:
-            self.executor.close()
-        if self.pool is not None:
-            self.pool.close()
+        if self.worker is not None:
+            self.worker.close()
+        if self.memory is not None:
+            self.memory.close()
         self.world.close()
 
 
@@ -214,26 +240,27 @@ def _time_limit(seconds: float, label: str) -> Iterator[None]:
 def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Progress) -> _Job:
     start = time.monotonic()
     topology.check_world(comm.size)
-    _check_shapes(topology)
     world = World(comm, topology, config)
-    spec, path, pool = None, None, None
+    spec, path, memory = None, None, None
     if config.engine != "null":
         tell("model …")
         path = _resolve(world, config)
         spec = together(comm, lambda: read_model_spec(path))
+        check_model_fits(topology, spec.num_layers, spec.num_heads, spec.num_kv_heads)
         plan = plan_memory(config, spec)
-        together(comm, lambda: check_host_memory(world, config, plan))
-        pool = make_pool(world, config, plan)
+        arrangement = arrange(config, topology, world.host_of, spec)
+        together(comm, lambda: check_host_memory(world, config, plan, arrangement))
+        memory = make_memory(world, config, arrangement)
         tell(f"model {path.name}: {spec.architecture}, "
              f"{spec.parameter_bytes / 2**20:.0f} MiB of weights")
     tell(f"starting {topology.sum_text()} ranks …")
     group = topology.group_of(world.rank)
-    executor = together(comm, lambda: None if group is None else make_executor(
-        world, config, group, pool, path, spec))
+    worker = together(comm, lambda: None if group is None else make_worker(
+        world, config, group, memory, path, spec))
     world.warm_up()
     unlink_shared_segments()
     tell(f"ready after {time.monotonic() - start:.1f} s")
-    return _Job(config, world, spec, path, pool, executor)
+    return _Job(config, world, spec, path, memory, worker)
 
 
 def _resolve(world: World, config: JobConfig) -> Path:
@@ -249,9 +276,3 @@ def _resolve(world: World, config: JobConfig) -> Path:
     own = together(world.comm, lambda: resolve() if is_first_here and not path.exists() else path)
     return world.host.bcast(own)  # type: ignore[no-any-return]
 
-
-def _check_shapes(topology: Topology) -> None:
-    wide = next((group for group in topology.groups if group.shape.num_ranks > 1), None)
-    if wide is not None:
-        raise LayoutError(f"{wide.name} is {wide.shape}: instances of one rank (tp1pp1) are supported; "
-                          "for more throughput give more instances")

@@ -108,7 +108,7 @@ def _openmpi(install: MpiInstall, num_ranks: int, context: LauncherContext, core
     slurm = context.slurm
     slots = cores if slurm is None else slurm.num_tasks
     if slots is not None and num_ranks > slots:
-        added["PRTE_MCA_rmaps_default_mapping_policy"] = ":oversubscribe"
+        added["PRTE_MCA_rmaps_default_mapping_policy"] = "slot:oversubscribe"
         added["PRTE_MCA_hwloc_default_binding_policy"] = "none"
         where = f"{slots} cores"
         if slurm is not None:

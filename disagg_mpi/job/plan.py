@@ -1,4 +1,7 @@
-"""How much memory a layout takes: pure arithmetic over the model's shape, shown by ``layout``."""
+"""How much memory a layout takes: pure arithmetic over the model's shape, shown by ``layout``.
+
+Where each part lies is :mod:`disagg_mpi.job.arrangement`'s.
+"""
 
 from __future__ import annotations
 
@@ -38,22 +41,23 @@ class MemoryPlan(msgspec.Struct, frozen=True):
         """Bytes of one instance's pool."""
         return self.layout(self.blocks_per_instance).pool_bytes
 
-    def check_memory(self, num_pools: int) -> None:
-        """Raise :class:`ConfigError` if this host cannot hold ``num_pools`` pools."""
-        if not num_pools:  # rank 0 may be alone on its host
+    def check_memory(self, num_ranks: int, kv_bytes: int) -> None:
+        """Raise :class:`ConfigError` if this host cannot hold so many engine ranks and so much KV-cache."""
+        if not num_ranks:  # rank 0 may be alone on its host
             return
         free = available_bytes()
-        needed = num_pools * (self.pool_bytes + RUNTIME_BYTES) + self.spec.parameter_bytes
+        weights = self.spec.parameter_bytes
+        needed = num_ranks * RUNTIME_BYTES + kv_bytes + weights
         if free is None or needed <= free:
             return
-        per_token = self.layout(1).kv_bytes(1)
-        room = (free - self.spec.parameter_bytes - num_pools * RUNTIME_BYTES) // num_pools
-        advice = (f"give --kv-tokens {room // per_token // 1024 * 1024}" if room > 1024 * per_token
-                  else "use fewer instances on this host, or a smaller model")
+        room = free - weights - num_ranks * RUNTIME_BYTES
+        tokens = int(self.kv_tokens * room / max(kv_bytes, 1)) // 1024 * 1024
+        advice = (f"give --kv-tokens {tokens}" if tokens > 0
+                  else "use fewer ranks on this host, or a smaller model")
         raise ConfigError(
-            f"host {socket.gethostname()}: {num_pools} instances need {needed / 2**30:.1f} GiB "
-            f"({num_pools} pools of {self.kv_tokens} tokens, {self.pool_bytes / 2**30:.2f} GiB each, "
-            f"and {self.spec.parameter_bytes / 2**30:.2f} GiB of weights); "
+            f"host {socket.gethostname()}: {num_ranks} engine ranks need {needed / 2**30:.1f} GiB "
+            f"({kv_bytes / 2**30:.2f} GiB of KV-cache at {self.kv_tokens} tokens an instance, "
+            f"{weights / 2**30:.2f} GiB of weights, {RUNTIME_BYTES / 2**30:.2f} GiB a rank); "
             f"{free / 2**30:.1f} GiB are available: {advice}")
 
 

@@ -2,7 +2,8 @@
 
 Made once by ``launch`` with collectives over the world, closed at the job's end. After it is made nothing
 collective spans the world until then: instances talk point to point. Three duplicates of the world keep
-three kinds of traffic apart: control with rank 0, the hand-over's control, and the hand-over's bytes.
+three kinds of traffic apart: control (rank 0 with leaders, leaders with their followers), the hand-over's
+control, and the hand-over's bytes; the ranks of an instance have a communicator of their own besides.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import uuid
 from typing import TYPE_CHECKING
 
 from disagg_mpi.comm.channel import MpiChannel
+from disagg_mpi.comm.group import GroupLink
 from disagg_mpi.comm.waiting import Doorbell
 from disagg_mpi.config import JobConfig
+from disagg_mpi.job.arrangement import moves_bytes
 from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology
 
 if TYPE_CHECKING:
@@ -36,15 +39,17 @@ class World:
         self.host_names: list[str] = comm.allgather(socket.gethostname())
         self.host_of: list[int] = comm.allgather(self.host_ranks[0])
         """Each rank's host, named by the lowest rank on it."""
-        self.moves_bytes = config.transport == "mpi" or not self.is_one_host
-        """Whether some KV-cache travels by MPI messages, for which each engine rank has a thread."""
+        self.has_threads = moves_bytes(config, topology, self.host_of) or any(
+            group.shape.pp > 1 for group in topology.groups)
+        """Whether each engine rank has a thread that keeps bytes moving."""
         self.doorbell = self._make_bell("control")
-        self.handover_bell = self._make_bell("hand-over") if self.moves_bytes else self.doorbell
+        self.handover_bell = self._make_bell("hand-over") if self.has_threads else self.doorbell
         self._control_comm = comm.Dup()
         self._handover_comm = comm.Dup()
         self.data_comm = comm.Dup()
         self.control = MpiChannel(self._control_comm, self.doorbell)
         self.handover = MpiChannel(self._handover_comm, self.handover_bell)
+        self._group_comm, self.link = self._make_link()
         self.max_tag = int(comm.Get_attr(MPI.TAG_UB) or 2**15 - 1)
         self.threads = self._threads()
 
@@ -79,11 +84,26 @@ class World:
     def close(self) -> None:
         self.doorbell.close()
         self.handover_bell.close()
-        for comm in (self._control_comm, self._handover_comm, self.data_comm, self.host):
+        if self.link is not None:
+            self.link.close()
+        for comm in (self._control_comm, self._handover_comm, self.data_comm, self._group_comm, self.host):
             comm.Free()
 
     def _make_bell(self, purpose: str) -> Doorbell:
         return Doorbell(f"{self.job_id}/{purpose}", self.rank, self.host_ranks, self.is_one_host)
+
+    def _make_link(self) -> tuple[MPI.Intracomm, GroupLink | None]:
+        """The communicator of this rank's instance (rank 0 is alone), and what an instance of several does
+        over it."""
+        group = self.topology.group_of(self.rank)
+        if group is None:
+            color, key = len(self.topology.groups), 0
+        else:
+            color, key = group.instance_id, group.index_of(self.rank)
+        comm: MPI.Intracomm = self.comm.Split(color, key)  # type: ignore[assignment]
+        if group is None or comm.size == 1:
+            return comm, None
+        return comm, GroupLink(comm, group.shape.tp, group.shape.pp, self.doorbell, group.ranks)
 
     def _threads(self) -> int:
         """Compute threads of this rank: its cores, shared with the engine ranks that have them too.

@@ -2,9 +2,14 @@
 
 Events go in (submit, cancel, a leader's step, the clock), messages come out, gathered so that a leader
 gets one of each kind a turn however many requests move. Admission is first come, first served: the head
-of the queue waits until a generation instance can hold all that it may ever need; only then does its
-context start. Every entry gets exactly one final response, and what was promised for it is taken back
-with that.
+of the queue waits until a generation instance can hold its prompt and the output that it reserves; only then
+does its context start. The generation instance tells when a request takes more blocks or, preempted, has
+none.
+
+A context phase runs on a context instance, on the generation instance itself where that is cheaper, or, where
+bytes travel between hosts and the prompt is long, *early*: both instances have the request, and the KV-cache
+passes while it is computed. Every entry gets exactly one final response, after everyone who had it has said
+that it is over, and what was promised for it is taken back with that.
 """
 
 from __future__ import annotations
@@ -13,22 +18,45 @@ import heapq
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import msgspec
 
-from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Message, Step
-from disagg_mpi.executor.validate import blocks_needed, problem_with
-from disagg_mpi.orchestrator.router import pick_context, pick_generation
+from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Message, Proceed, Step
+from disagg_mpi.config import DEFAULT_OVERLAP_TOKENS, RouterName
+from disagg_mpi.executor.validate import blocks_reserved, problem_with
+from disagg_mpi.orchestrator.prefix_index import PrefixIndex
+from disagg_mpi.orchestrator.router import LocalContext, hit_tokens, pick_context, pick_generation
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
-from disagg_mpi.request import GIVEN_UP, ExecutorRequest, FinishReason, RequestType, Response
+from disagg_mpi.prefix import BlockHasher
+from disagg_mpi.request import (
+    GIVEN_UP,
+    ExecutorRequest,
+    FinishReason,
+    PhaseTiming,
+    RequestType,
+    Response,
+)
+
+
+class Policy(msgspec.Struct, frozen=True, kw_only=True):
+    """How requests are placed; see :class:`~disagg_mpi.config.JobConfig` for the fields."""
+
+    hash_key: bytes = b"disagg_mpi"
+    """The job's own, as its instances' block hashes have it."""
+    overlap_tokens: int = DEFAULT_OVERLAP_TOKENS
+    local_context: int | Literal["auto"] = 0
+    router: RouterName = "prefix"
 
 
 class Dispatcher:
     """Owns the request table and the ledger. Used by one thread."""
 
     def __init__(
-        self, instances: Iterable[InstanceView], send: Callable[[int, Message], None]
+        self, instances: Iterable[InstanceView], send: Callable[[int, Message], None],
+        policy: Policy | None = None,
     ) -> None:
+        self._policy = policy or Policy()
         self._instances = {instance.id: instance for instance in instances}
         self._context = [i for i in self._instances.values() if i.role.does_context]
         self._generation = [i for i in self._instances.values() if i.role.does_generation]
@@ -40,6 +68,11 @@ class Dispatcher:
         self._enqueues: dict[int, list[ExecutorRequest]] = {}
         self._cancels: dict[tuple[int, FinishReason], list[int]] = {}
         self._drops: dict[int, list[int]] = {}
+        self._proceeds: list[tuple[int, Proceed]] = []
+        threshold = self._policy.local_context
+        self._local = LocalContext(None if threshold == "auto" else threshold,
+                                   self._generation[0].limits.max_num_tokens)
+        self._hashers = self._make_indices()
 
     # ---- events ----
 
@@ -65,9 +98,8 @@ class Dispatcher:
                                       error=GIVEN_UP[reason]))
             return
         # Whoever has it now answers with its one final response once its blocks are free.
-        holder = entry.context if entry.state is State.CONTEXT else entry.generation
-        assert holder is not None
-        self._cancels.setdefault((holder.leader, reason), []).append(request_id)
+        for holder in entry.holders:
+            self._cancels.setdefault((holder.leader, reason), []).append(request_id)
 
     def cancel_all(self) -> None:
         for request_id in list(self._table):
@@ -88,6 +120,9 @@ class Dispatcher:
         self._admit()
         for leader, requests in self._enqueues.items():
             self._send(leader, Enqueue(requests))
+        for leader, proceed in self._proceeds:
+            self._send(leader, proceed)
+        self._proceeds = []
         for (leader, reason), ids in self._cancels.items():
             self._send(leader, Cancel(ids, reason))
         for leader, ids in self._drops.items():
@@ -130,69 +165,162 @@ class Dispatcher:
 
     # ---- inside ----
 
+    def _make_indices(self) -> dict[int, BlockHasher]:
+        """An index for each pool that reuses prefixes; a hasher for each block size among them."""
+        indices: dict[str, PrefixIndex] = {}
+        hashers: dict[int, BlockHasher] = {}
+        for instance in self._instances.values():
+            if not instance.pool or self._policy.router != "prefix":
+                continue
+            size = instance.limits.tokens_per_block
+            hashers.setdefault(size, BlockHasher(self._policy.hash_key, size))
+            capacity = sum(other.limits.num_blocks for other in self._instances.values()
+                           if other.pool == instance.pool)
+            instance.prefix = indices.setdefault(instance.pool, PrefixIndex(capacity))
+        return hashers
+
+    def _hashes(self, entry: Entry, instance: InstanceView) -> list[int]:
+        """Of the prompt's full blocks, as ``instance`` cuts it; none if it reuses nothing."""
+        size = instance.limits.tokens_per_block
+        if instance.prefix is None:
+            return []
+        if size not in entry.hashes:
+            entry.hashes[size] = self._hashers[size].of(entry.request.prompt_token_ids)
+        return entry.hashes[size]
+
     def _admit(self) -> None:
-        while self._queue:
-            entry = self._queue[0]
-            request = entry.request
-            length = len(request.prompt_token_ids)
-            limits = self._generation[0].limits
-            count = blocks_needed(limits, length, request.sampling.max_tokens)
-            generation = pick_generation(self._generation, count)
-            if generation is None:
-                return
+        while self._queue and self._place(self._queue[0]):
             self._queue.popleft()
-            generation.free_blocks -= count
-            generation.num_requests += 1
-            context = generation if self._is_aggregated else pick_context(self._context)
-            if context is not generation:
-                context.num_requests += 1
-            context.pending_context_tokens += length
-            entry.generation, entry.context, entry.num_blocks = generation, context, count
-            entry.state = State.CONTEXT
-            entry.timing.queue = time.monotonic() - entry.submitted_at
-            kind = (RequestType.CONTEXT_AND_GENERATION if self._is_aggregated
-                    else RequestType.CONTEXT_ONLY)
-            self._enqueues.setdefault(context.leader, []).append(
-                msgspec.structs.replace(request, type=kind))
+
+    def _place(self, entry: Entry) -> bool:
+        """Choose the instances and start the context phase; ``False`` if no generation instance has room."""
+        request = entry.request
+        length = len(request.prompt_token_ids)
+        limits = self._generation[0].limits
+        count = blocks_reserved(limits, length, request.sampling.max_tokens)
+        if pick_generation(self._generation, count) is None:
+            return False  # asked each turn while the head of the queue waits: before anything is hashed
+        hashes = self._hashes(entry, self._generation[0])
+        if self._is_aggregated:
+            generation = pick_generation(self._generation, count, hashes)
+            assert generation is not None  # there is room
+            context = generation
+        else:
+            size = self._context[0].limits.tokens_per_block
+            context, held = pick_context(
+                self._context, length, self._hashes(entry, self._context[0]), size)
+            generation = pick_generation(self._generation, count, hashes, context.pool or None)
+            assert generation is not None  # there is room
+            there = length - hit_tokens(generation, length, hashes, limits.tokens_per_block)
+            if self._local.is_local(there, context.pending_context_tokens, generation.num_requests,
+                                    length - held):
+                context = generation
+        generation.free_blocks -= count
+        generation.num_requests += 1
+        if context is not generation:
+            context.num_requests += 1
+        context_hashes = self._hashes(entry, context)
+        entry.context_tokens = length - hit_tokens(
+            context, length, context_hashes, context.limits.tokens_per_block)
+        context.pending_context_tokens += entry.context_tokens
+        for instance, used in ((context, context_hashes), (generation, hashes)):
+            if instance.prefix is not None:
+                instance.prefix.insert(used)
+        entry.generation, entry.context, entry.num_blocks = generation, context, count
+        entry.state = State.CONTEXT
+        entry.timing.queue = time.monotonic() - entry.submitted_at
+        self._start(entry, context, generation)
+        return True
+
+    def _start(self, entry: Entry, context: InstanceView, generation: InstanceView) -> None:
+        """Send it to those who have a part in it now."""
+        entry.holders = [context]
+        if context is generation:
+            self._enqueue(entry, context, RequestType.CONTEXT_AND_GENERATION)
+            return
+        self._enqueue(entry, context, RequestType.CONTEXT_ONLY)
+        request = entry.request
+        if (generation.ways.get(context.id) == "mpi" and request.sampling.max_tokens > 1
+                and len(request.prompt_token_ids) >= self._policy.overlap_tokens):
+            entry.is_early = True
+            entry.holders.append(generation)
+            self._enqueue(entry, generation, RequestType.GENERATION_ONLY, early_source=context.id)
+
+    def _enqueue(self, entry: Entry, instance: InstanceView, kind: RequestType, **more: Any) -> None:
+        self._enqueues.setdefault(instance.leader, []).append(
+            msgspec.structs.replace(entry.request, type=kind, **more))
 
     def _on_response(
         self, entry: Entry, instance: InstanceView, response: Response, now: float
     ) -> None:
-        if response.token_ids:
+        if response.num_blocks is not None and instance is entry.generation:
+            instance.free_blocks += entry.num_blocks - response.num_blocks
+            entry.num_blocks = response.num_blocks
+        if response.token_ids and entry.verdict is None:
             entry.count_tokens(len(response.token_ids), now)
             if entry.context is not None:
                 self._context_done(entry)
             if instance is entry.generation and entry.state is not State.GENERATION:
                 entry.state = State.GENERATION
         if response.timing is not None:
-            _add_timing(entry, response)
+            self._take_timing(entry, instance, response.timing)
         if not response.is_final:
-            entry.sink.on_response(entry, response)
+            if response.token_ids and entry.verdict is None:
+                entry.sink.on_response(entry, response)
             return
-        if response.context_phase_params is None:
-            self._end(entry, response)
-        elif entry.cancel_reason is not None:
-            # The cancel crossed the context's last step: the blocks wait there for nobody.
+        if response.context_phase_params is not None:
+            if entry.verdict is None and entry.cancel_reason is None:
+                self._hand_over(entry, response)
+                return
+            # A cancel crossed the context's last step: the blocks wait there for nobody.
             self._drops.setdefault(instance.leader, []).append(entry.id)
-            response.finish_reason = entry.cancel_reason
-            response.error = GIVEN_UP[entry.cancel_reason]
-            self._end(entry, response)
-        else:
-            self._hand_over(entry, response)
+            reason = entry.cancel_reason or "cancelled"
+            response = msgspec.structs.replace(
+                response, finish_reason=reason, error=GIVEN_UP[reason], context_phase_params=None)
+        entry.holders.remove(instance)
+        first_word = entry.verdict is None
+        entry.verdict = entry.verdict or response
+        if not entry.holders:
+            self._end(entry, entry.verdict)
+        elif first_word and entry.cancel_reason is None:
+            for holder in entry.holders:
+                self._cancels.setdefault((holder.leader, "cancelled"), []).append(entry.id)
 
     def _hand_over(self, entry: Entry, response: Response) -> None:
-        assert entry.generation is not None
+        generation = entry.generation
+        assert generation is not None and response.context_phase_params is not None
         entry.state = State.HANDOVER
-        self._enqueues.setdefault(entry.generation.leader, []).append(msgspec.structs.replace(
-            entry.request, type=RequestType.GENERATION_ONLY,
-            context_phase_params=response.context_phase_params))
+        entry.holders = [generation]
+        if entry.is_early:
+            self._proceeds.append((generation.leader, Proceed(entry.id, response.context_phase_params)))
+        else:
+            self._enqueue(entry, generation, RequestType.GENERATION_ONLY,
+                          context_phase_params=response.context_phase_params)
         entry.sink.on_response(entry, response)
+
+    def _take_timing(self, entry: Entry, instance: InstanceView, phase: PhaseTiming) -> None:
+        timing = entry.timing
+        if phase.context:
+            computed = len(entry.request.prompt_token_ids) - phase.cached_tokens
+            self._local.observe_context(max(1, computed), phase.context)
+        if phase.kv_bytes:
+            self._local.observe_handover(phase.handover)
+        timing.queue += phase.queue
+        timing.context += phase.context
+        timing.handover += phase.handover
+        timing.transfer += phase.transfer
+        timing.handover_bytes += phase.handover_bytes
+        timing.kv_bytes += phase.kv_bytes
+        timing.transport = phase.transport or timing.transport
+        timing.cached_tokens += phase.cached_tokens
+        timing.held_tokens += phase.held_tokens
+        timing.num_preempted += phase.num_preempted
 
     def _context_done(self, entry: Entry) -> None:
         """The context instance has nothing more to compute for this entry."""
         context = entry.context
         assert context is not None
-        context.pending_context_tokens -= len(entry.request.prompt_token_ids)
+        context.pending_context_tokens -= entry.context_tokens
         if context is not entry.generation:
             context.num_requests -= 1
         entry.context = None
@@ -224,13 +352,3 @@ class Dispatcher:
             self.cancel(request_id, "deadline")
         return None
 
-
-def _add_timing(entry: Entry, response: Response) -> None:
-    phase, timing = response.timing, entry.timing
-    assert phase is not None
-    timing.queue += phase.queue
-    timing.context += phase.context
-    timing.handover += phase.handover
-    timing.handover_bytes += phase.handover_bytes
-    timing.kv_bytes += phase.kv_bytes
-    timing.transport = phase.transport or timing.transport

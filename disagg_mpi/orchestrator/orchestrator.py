@@ -26,7 +26,7 @@ from disagg_mpi.comm.channel import Channel
 from disagg_mpi.comm.messages import IntegrityCheck, IntegrityReport, Shutdown, Step
 from disagg_mpi.comm.waiting import RINGABLE_SLEEP, Doorbell, Waiter
 from disagg_mpi.errors import DisaggError, IntegrityError, JobFailed, RequestError
-from disagg_mpi.orchestrator.dispatcher import Dispatcher
+from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
 from disagg_mpi.orchestrator.handle import RequestHandle
 from disagg_mpi.orchestrator.table import Entry, InstanceView, find_shared_blocks
 from disagg_mpi.request import ExecutorRequest, PoolBlocks, Request, Result, SamplingParams
@@ -51,11 +51,12 @@ class Orchestrator:
         channel: Channel,
         doorbell: Doorbell,
         tokenizer: PromptEncoder | None,
+        policy: Policy | None = None,
     ) -> None:
         self._channel = channel
         self._doorbell = doorbell
         self._tokenizer = tokenizer
-        self._dispatcher = Dispatcher(instances, channel.send)
+        self._dispatcher = Dispatcher(instances, channel.send, policy)
         self._leaders = self._dispatcher.leaders
         self._commands: deque[Callable[[], None]] = deque()
         self._ids = itertools.count(1)

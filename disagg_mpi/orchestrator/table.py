@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from enum import StrEnum
 from typing import Protocol
 
+from disagg_mpi.orchestrator.prefix_index import PrefixIndex
 from disagg_mpi.request import ExecutorLimits, ExecutorRequest, FinishReason, PoolBlocks, Response, Timing
 from disagg_mpi.topology import Role
 
@@ -34,8 +35,8 @@ class State(StrEnum):
 class InstanceView:
     """Rank 0's ledger of one instance: what it has promised of it."""
 
-    def __init__(self, instance_id: int, role: Role, name: str, leader: int,
-                 limits: ExecutorLimits) -> None:
+    def __init__(self, instance_id: int, role: Role, name: str, leader: int, limits: ExecutorLimits,
+                 ways: Mapping[int, str] | None = None, pool: str = "") -> None:
         self.id = instance_id
         self.role = role
         self.name = name
@@ -45,6 +46,12 @@ class InstanceView:
         """Blocks not promised to any request: never more than the instance has free."""
         self.num_requests = 0
         self.pending_context_tokens = 0
+        self.ways = ways or {}
+        """Id of a context instance → how its KV-cache comes here."""
+        self.pool = pool
+        """Name of the memory whose prefixes it reuses; empty without a prefix cache."""
+        self.prefix: PrefixIndex | None = None
+        """What that memory likely holds; instances of one pool share it."""
 
 
 class Sink(Protocol):
@@ -58,9 +65,9 @@ class Entry:
     """One continuation of one request."""
 
     __slots__ = (
-        "cancel_reason", "context", "deadline", "first_token_at", "generation", "last_token_at",
-        "num_blocks", "num_tokens", "request", "second_token_at", "sink", "state", "submitted_at",
-        "timing",
+        "cancel_reason", "context", "context_tokens", "deadline", "first_token_at", "generation", "hashes",
+        "holders", "is_early", "last_token_at", "num_blocks", "num_tokens", "request", "second_token_at",
+        "sink", "state", "submitted_at", "timing", "verdict",
     )
 
     def __init__(self, request: ExecutorRequest, sink: Sink, deadline: float | None) -> None:
@@ -73,7 +80,17 @@ class Entry:
         self.context: InstanceView | None = None
         self.generation: InstanceView | None = None
         self.num_blocks = 0
-        """Reserved at ``generation``."""
+        """Held at ``generation``, or promised there."""
+        self.context_tokens = 0
+        """Promised of ``context``: prompt tokens that it likely has to compute."""
+        self.hashes: dict[int, list[int]] = {}
+        """Block size → the hashes of the prompt's full blocks."""
+        self.holders: list[InstanceView] = []
+        """Those who still owe a final response."""
+        self.is_early = False
+        """Whether the generation instance has it while its context phase runs."""
+        self.verdict: Response | None = None
+        """The final response, while others than its sender still owe theirs."""
         self.num_tokens = 0
         self.timing = Timing()
         self.submitted_at = time.monotonic()

@@ -1,9 +1,8 @@
 """The memory that KV pools live in.
 
-On one host all instances share one pool, in an MPI shared-memory window over the host's ranks: each
-instance owns a range of its block ids at first, and hand-overs exchange ids, never bytes. With the
-``mpi`` transport each rank has a pool of its own in private memory. Either is page-aligned (a copy whose
-source and destination differ by a few bytes modulo 4096 is 4 to 20 times slower) and lives until the
+One MPI shared-memory window over the ranks of a host holds the pools of all of them (``job.arrangement`` says
+where each lies); with the ``mpi`` transport each rank has private memory. Either is page-aligned (a copy
+whose source and destination differ by a few bytes modulo 4096 is 4 to 20 times slower) and lives until the
 job's end; pages are touched when blocks are first used, lowest ids first.
 """
 
@@ -25,13 +24,13 @@ if TYPE_CHECKING:
 SHARED_MEMORY_FOLDER = "/dev/shm"
 
 
-def private_pool(num_bytes: int) -> Pool:
+def private_memory(num_bytes: int) -> Pool:
     """Page-aligned memory of this process alone."""
     return np.frombuffer(mmap.mmap(-1, max(num_bytes, 1)), dtype=np.uint8)
 
 
-class SharedPool:
-    """One window over a host's ranks. Creation and ``close`` are collective over ``host_comm``."""
+class SharedMemory:
+    """One window over a host's ranks, zeroed. Creation and ``close`` are collective over ``host_comm``."""
 
     def __init__(self, host_comm: MPI.Intracomm, num_bytes: int) -> None:
         from mpi4py import MPI
@@ -41,7 +40,11 @@ class SharedPool:
         self._window = MPI.Win.Allocate_shared(own, 1, comm=host_comm)
         buffer, _ = self._window.Shared_query(0)
         whole: Pool = np.frombuffer(buffer, dtype=np.uint8)  # type: ignore[call-overload]
-        self.pool = whole[:num_bytes]
+        self.memory = whole[:num_bytes]
+
+    def sync(self) -> None:
+        """A memory barrier: what other ranks have written is seen, and theirs see what this one has."""
+        self._window.Sync()
 
     def close(self) -> None:
         self._window.Free()
@@ -58,6 +61,6 @@ def check_shared_memory(num_bytes: int) -> None:
         return
     if free < num_bytes:
         raise ConfigError(
-            f"host {socket.gethostname()}: the KV pool needs {num_bytes / 2**20:.0f} MiB of shared memory "
+            f"host {socket.gethostname()}: the KV pools need {num_bytes / 2**20:.0f} MiB of shared memory "
             f"and {SHARED_MEMORY_FOLDER} has {free / 2**20:.0f} MiB free; give the container more "
             "(docker run --shm-size), lower --kv-tokens, or use --transport mpi")

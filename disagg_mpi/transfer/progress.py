@@ -1,10 +1,11 @@
-"""A thread that keeps hand-overs moving while the engine computes.
+"""A thread that keeps bytes moving while the engine computes.
 
 MPI moves bytes only while both sides call it, and a forward of a long chunk takes half a second on a CPU,
-so where KV-cache travels by MPI messages each engine rank has this thread: it answers pull requests and
-moves transfers on, and wakes the engine's thread when something is over. torch releases the GIL in its
-kernels. It needs MPI_THREAD_MULTIPLE, and sleeps on a bell of its own; where all hand-overs exchange blocks
-in one pool there is nothing to move and no thread.
+so each engine rank whose hand-overs move bytes has this thread: it answers pull requests, moves transfers on,
+copies, and wakes the engine's thread when something is over; with pipeline stages it also sees to it that
+hidden states leave while the next step is computed. torch releases the GIL in its kernels. It needs
+MPI_THREAD_MULTIPLE, and sleeps on a bell of its own; where all hand-overs exchange blocks in one pool there
+is nothing to move and no thread.
 
 Started by the job when the engine is built, stopped by it before the communicators are freed. An
 exception in it ends the job, as one in any rank does.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 
+from disagg_mpi.comm.group import GroupLink
 from disagg_mpi.comm.waiting import Doorbell, Waiter
 from disagg_mpi.transfer.transceiver import Transceiver
 
@@ -23,14 +25,18 @@ class ProgressThread:
     """Runs ``transceiver.advance`` until stopped; ``wake`` is called when something is over."""
 
     def __init__(
-        self, transceiver: Transceiver, doorbell: Doorbell, wake: Callable[[], None]
+        self, transceiver: Transceiver, doorbell: Doorbell, wake: Callable[[], None],
+        link: GroupLink | None = None,
     ) -> None:
         self._transceiver = transceiver
         self._doorbell = doorbell
         self._wake = wake
+        self._link = link
         self._stopping = False
         transceiver.has_thread = True
         transceiver.wake_thread = doorbell.ring_self
+        if link is not None:
+            link.wake_thread = doorbell.ring_self
         self._thread = threading.Thread(target=self._run, name="disagg_mpi-handover", daemon=True)
         self._thread.start()
 
@@ -42,9 +48,12 @@ class ProgressThread:
 
     def _run(self) -> None:
         waiter = Waiter(self._doorbell)
+        link = self._link
         while not self._stopping:
             if self._transceiver.advance():
                 self._wake()
                 waiter.worked()
+            if link is not None:
+                link.progress()
             waiter.idle(urgent=self._transceiver.is_urgent,
-                        transferring=self._transceiver.is_moving)
+                        transferring=self._transceiver.is_moving or (link is not None and link.is_sending))

@@ -9,9 +9,12 @@ from disagg_mpi.cli.doctor import render
 from disagg_mpi.comm.environment import LauncherContext
 from disagg_mpi.diagnostics import (
     DoctorReport,
+    Place,
     choose_pairs,
+    divided_machines,
     inspect_machine,
     mismatch_finding,
+    name_hosts,
     run_doctor,
     would_stop,
 )
@@ -37,6 +40,7 @@ def _problem(report: DoctorReport, size: int) -> str | None:
                        and pair.ratio > 0 for pair in report.pairs),
         "hosts": sorted(rank for ranks in report.hosts.values() for rank in ranks)
                  == list(range(size)),
+        "one machine": report.divided == [],
         "idle": report.idle is not None and report.idle.rank == 1
                 and 0 <= report.idle.cpu_share < 0.5 and report.idle.wake_us > 0,
         "threads": report.thread_provided == "multiple",
@@ -59,6 +63,14 @@ def test_a_communicator_of_one_rank_has_no_pair() -> None:
     assert report.pairs == []
     assert report.idle is None
     assert "one rank: no pair to measure" in list(render(report))
+
+
+def test_hosts_are_ranks_that_share_memory_whatever_their_names() -> None:
+    cloned = [Place(0, "node", "a"), Place(1, "node", "b"), Place(0, "node", "a")]
+    assert name_hosts(cloned) == {"node": [0, 2], "node (2)": [1]}
+    assert divided_machines(cloned) == []
+    containers = [Place(0, "c1", "a"), Place(1, "c2", "a"), Place(2, "other", "b")]
+    assert divided_machines(containers) == [["c1", "c2"]]
 
 
 def test_pairs_of_a_large_world_stay_few() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,3 +14,30 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from inprocess import save_tiny_model
 
     return save_tiny_model(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture
+def jobs(tiny_llama: Path) -> Iterator[Any]:
+    """``jobs(*roles, **options)`` makes an :class:`inprocess.Job` of the tiny model; closed at the end."""
+    from inprocess import Job
+
+    from disagg_mpi.topology import Role
+
+    made: list[Job] = []
+
+    def make(*roles: Role, shared: bool = True, **options: Any) -> Job:
+        made.append(Job(tiny_llama, roles or (Role.CONTEXT, Role.GENERATION), shared=shared, **options))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tiny_llama: Path) -> Iterator[Any]:
+    from inprocess import Undisturbed
+
+    alone = Undisturbed(tiny_llama)
+    yield alone
+    alone.close()

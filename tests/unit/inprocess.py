@@ -1,9 +1,9 @@
 """A whole job in one process: real engines on a tiny random model, no MPI.
 
-:class:`TinyModel` makes model directories with random weights. :class:`Job` lays instances out as a real job
-does, over a :class:`MemoryNetwork` and either one pool for all (blocks are exchanged) or one each (bytes
-are copied), and is driven by ``turn``. :class:`OrchestratedJob` puts the orchestrator's pump thread and one
-worker thread around it.
+:func:`save_tiny_model` makes model directories with random weights. :class:`Job` lays instances of one rank
+each out as a real job does (:mod:`disagg_mpi.job.arrangement`), over a :class:`MemoryNetwork`, and is driven
+by ``turn``. :class:`LedJob` adds rank 0's dispatcher, :class:`OrchestratedJob` the whole orchestrator, with
+its pump thread and one worker thread.
 """
 
 from __future__ import annotations
@@ -15,20 +15,31 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
+import numpy as np
 import torch
 
 from disagg_mpi.comm.channel import MemoryNetwork
+from disagg_mpi.comm.messages import Message
 from disagg_mpi.comm.waiting import Doorbell, Waiter
-from disagg_mpi.engine import runner as runner_module
+from disagg_mpi.config import JobConfig
+from disagg_mpi.engine.attention import KvPool
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.engine import Engine
-from disagg_mpi.engine.runner import ModelRunner
+from disagg_mpi.engine.model import StageModel
+from disagg_mpi.engine.reuse import PrefixReuse
+from disagg_mpi.engine.runner import Runner, StageRunner
 from disagg_mpi.engine.sampler import Sampler
 from disagg_mpi.engine.scheduler import Scheduler
+from disagg_mpi.engine.tensor_parallel import ModelShard
 from disagg_mpi.executor.builtin import BuiltinExecutor
 from disagg_mpi.executor.service import LeaderService
+from disagg_mpi.job.arrangement import arrange
+from disagg_mpi.model.checkpoint import read_model_spec
+from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
-from disagg_mpi.orchestrator.table import InstanceView
+from disagg_mpi.orchestrator.table import Entry, InstanceView, State, find_shared_blocks
+from disagg_mpi.prefix import BlockHasher, PrefixTags
 from disagg_mpi.request import (
     ExecutorLimits,
     ExecutorRequest,
@@ -36,18 +47,23 @@ from disagg_mpi.request import (
     Response,
     SamplingParams,
 )
-from disagg_mpi.topology import Role
-from disagg_mpi.transfer.layout import KvLayout
-from disagg_mpi.transfer.memory import private_pool
+from disagg_mpi.topology import Group, Role, build_topology
+from disagg_mpi.transfer.directory import CacheDirectory
+from disagg_mpi.transfer.memory import private_memory
+from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.transceiver import Transceiver
-from disagg_mpi.transfer.transports import MemoryTransport, MemoryWire
-
-# Instances of one test share the module: it holds weights, never state.
-runner_module.load_model = functools.cache(runner_module.load_model)
+from disagg_mpi.transfer.transports import CopyTransport, MemoryTransport, MemoryWire
 
 VOCABULARY = 128
 PATIENCE = 60.0
 """Seconds after which a wait in a test has failed."""
+HASH_KEY = b"a job's own"
+
+
+@functools.cache
+def load_stage(path: Path) -> StageModel:
+    """The whole model; instances share it, for it holds weights and never state."""
+    return StageModel(path, dtype="fp32", shard=ModelShard(), collectives=None)
 
 
 def save_tiny_model(directory: Path, kind: str = "Llama", seed: int = 0, **changes: Any) -> Path:
@@ -95,21 +111,28 @@ class LetterTokenizer:
 
 
 class Instance:
-    """One rank's instance, with its parts at hand."""
+    """One instance, on one rank, with its parts at hand."""
 
-    def __init__(self, rank: int, role: Role, index: int, executor: BuiltinExecutor,
-                 engine: Engine, blocks: BlockManager, transceiver: Transceiver) -> None:
-        self.rank = rank
-        self.role = role
-        self.index = index
+    def __init__(self, group: Group, executor: BuiltinExecutor, engine: Engine, blocks: BlockManager,
+                 transceiver: Transceiver, ways: dict[int, str]) -> None:
+        self.id = group.instance_id
+        self.rank = group.leader
+        self.role = group.role
+        self.name = group.name
         self.executor = executor
         self.engine = engine
         self.blocks = blocks
         self.transceiver = transceiver
+        self.ways = ways
 
 
 class Job:
-    """Instances on ranks 1, 2, …; ``shared``: one pool for all, else one each and bytes are copied."""
+    """Instances on ranks 1, 2, …, contexts first.
+
+    ``shared``: all on one host, where blocks change hands, or bytes are copied with another
+    ``generation_tokens_per_block``; else bytes go in messages, and each rank has memory of its own. With
+    ``hosts`` (each rank's, rank 0's too) it is one memory a host. ``options`` are :class:`JobConfig`'s.
+    """
 
     def __init__(
         self,
@@ -117,53 +140,83 @@ class Job:
         roles: Sequence[Role] = (Role.CONTEXT, Role.GENERATION),
         *,
         shared: bool,
+        hosts: Sequence[int] | None = None,
         num_blocks: int = 32,
-        tokens_per_block: int = 4,
-        max_batch_size: int = 8,
-        max_num_tokens: int = 16,
         eos: Sequence[int] = (),
         make_decoder: Callable[[], Any] | None = WordDecoder,
-        with_shared_rooms: bool = True,
-        num_layers: int = 2,
-        num_kv_heads: int = 2,
-        head_dim: int = 8,
-        max_model_len: int = 256,
+        reserves_output_in_context: bool = True,
+        **options: Any,
     ) -> None:
+        """``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens."""
+        options = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 16, **options}
+        counts = {role.value: roles.count(role) for role in Role if role in roles}
+        self.config = JobConfig(
+            **counts, transport="auto" if shared or hosts else "mpi",
+            kv_tokens=num_blocks * options["tokens_per_block"], **options)
+        self.topology = build_topology(self.config)
+        self.spec = read_model_spec(path)
+        self.arrangement = arrange(
+            self.config, self.topology, hosts or [0] * self.topology.world_size, self.spec)
+        self.directory = CacheDirectory(
+            self.arrangement.views, [group.ranks for group in self.topology.groups],
+            use_memory=self.config.transport != "mpi")
+        self._memories = {f"host {host}": private_memory(size)
+                          for host, size in self.arrangement.window_bytes.items()}
+        self._memories |= {f"rank {rank}": private_memory(size)
+                           for rank, size in self.arrangement.private_bytes.items()}
+        self._reserves_output = reserves_output_in_context
         self.network = MemoryNetwork()  # the hand-over's
         self.wire = MemoryWire()
-        self.shared = shared
-        self.instances: list[Instance] = []
-        pool_blocks = num_blocks * len(roles) if shared else num_blocks
-        layout = KvLayout(num_layers, num_kv_heads, head_dim, tokens_per_block, pool_blocks, "fp32")
-        one_pool = private_pool(layout.pool_bytes)
-        self.bells = [Doorbell(uuid.uuid4().hex, 0, [0], True)]
-        count: dict[Role, int] = {}
-        has_split = Role.GENERATION in roles
-        for position, role in enumerate(roles):
-            rank = position + 1
-            pool = one_pool if shared else private_pool(layout.pool_bytes)
-            first = position * num_blocks if shared else 0
-            blocks = BlockManager(range(first, first + num_blocks))
-            scheduler = Scheduler(
-                blocks, tokens_per_block=tokens_per_block, max_batch_size=max_batch_size,
-                max_num_tokens=max_num_tokens,
-                reserve_output_in_context=shared and has_split and with_shared_rooms)
-            transceiver = Transceiver(
-                rank, self.network.channel(rank),
-                MemoryTransport(rank, self.wire, pool, layout), layout,
-                pool="host" if shared else f"rank {rank}", use_shared=shared)
-            runner = ModelRunner(path, dtype="fp32", layout=layout, memory=pool, num_threads=1)
-            engine = Engine(runner=runner, sampler=Sampler(eos), scheduler=scheduler, blocks=blocks,
-                            transceiver=transceiver, eos_token_ids=eos)
-            executor = BuiltinExecutor(
-                engine,
-                ExecutorLimits(num_blocks, tokens_per_block, max_batch_size, max_num_tokens,
-                               max_model_len, VOCABULARY),
-                Waiter(self.bells[0]), make_decoder)
-            index = count.get(role, 0)
-            count[role] = index + 1
-            self.instances.append(
-                Instance(rank, role, index, executor, engine, blocks, transceiver))
+        self.bell = Doorbell(uuid.uuid4().hex, 0, [0], True)
+        self.instances = [self._make_instance(path, group, eos, make_decoder)
+                          for group in self.topology.groups]
+
+    def _make_instance(self, path: Path, group: Group, eos: Sequence[int],
+                       make_decoder: Callable[[], Any] | None) -> Instance:
+        """As ``job.instance`` does for a real one."""
+        config, rank = self.config, group.leader
+        view = self.arrangement.views[rank]
+        memory = self._memories[view.memory]
+        block_size = view.layout.tokens_per_block
+        channel = self.network.channel(rank)
+        mover = Mover(self.directory, group.instance_id, rank, channel,
+                      MemoryTransport(rank, self.wire, memory, view),
+                      CopyTransport(memory, view) if config.transport != "mpi" else None)
+        transceiver = Transceiver(rank, group.instance_id, channel, self.directory, mover)
+        runner = Runner(StageRunner(load_stage(path), KvPool(memory, view), None), layout=view.layout)
+        tags = self._tags(group.instance_id) if config.prefix_cache else None
+        blocks = BlockManager(self.arrangement.block_ids[group.instance_id], tags)
+        reuse = None
+        if tags is not None:
+            reuse = PrefixReuse(blocks, tags, BlockHasher(HASH_KEY, block_size), runner.copy_blocks,
+                                tokens_per_block=block_size, fetches=transceiver.fetches)
+        takers = [other for other in self.topology.groups if other.role is Role.GENERATION]
+        scheduler = Scheduler(
+            blocks, tokens_per_block=block_size, max_batch_size=config.max_batch_size,
+            max_num_tokens=config.max_num_tokens, reserved_output=config.reserved_output,
+            reserve_output_in_context=self._reserves_output and group.role.does_context and any(
+                self.directory.is_exchange(group.instance_id, taker.instance_id) for taker in takers),
+            place=None if reuse is None else reuse.place)
+        engine = Engine(runner=runner, sampler=Sampler(eos), scheduler=scheduler, blocks=blocks,
+                        transceiver=transceiver, eos_token_ids=eos, reuse=reuse, announces_layers=True)
+        limits = ExecutorLimits(
+            num_blocks=blocks.num_blocks, tokens_per_block=block_size,
+            max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+            max_model_len=self.spec.max_position_embeddings, vocab_size=VOCABULARY,
+            reserved_output=config.reserved_output)
+        executor = BuiltinExecutor(engine, limits, Waiter(self.bell), make_decoder)
+        ways = {} if group.role is not Role.GENERATION else {
+            other.instance_id: self.directory.way(other.instance_id, group.instance_id)
+            for other in self.topology.groups if other.role is Role.CONTEXT}
+        return Instance(group, executor, engine, blocks, transceiver, ways)
+
+    def _tags(self, instance: int) -> PrefixTags:
+        place = self.arrangement.tags[instance]
+        num_bytes = PrefixTags.bytes_needed(place.num_blocks)
+        if place.offset is None:
+            return PrefixTags(np.zeros(num_bytes, dtype=np.uint8), place.num_blocks)
+        window = self._memories[self.arrangement.views[self.topology.groups[instance].leader].memory]
+        return PrefixTags(window[place.offset : place.offset + num_bytes], place.num_blocks)
 
     @property
     def context(self) -> BuiltinExecutor:
@@ -172,6 +225,16 @@ class Job:
     @property
     def generation(self) -> BuiltinExecutor:
         return self.instances[-1].executor
+
+    def views(self) -> list[InstanceView]:
+        """What rank 0 knows of the instances at first."""
+        return [InstanceView(i.id, i.role, i.name, i.rank, i.executor.limits, i.ways,
+                             i.executor.pool if self.config.prefix_cache else "") for i in self.instances]
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(hash_key=HASH_KEY, overlap_tokens=self.config.overlap_tokens,
+                      local_context=self.config.local_context, router=self.config.router)
 
     def turn(self) -> dict[int, list[Response]]:
         """One step of every instance; responses by rank."""
@@ -194,19 +257,10 @@ class Job:
                     for problem in i.executor.check_integrity(idle)]
         problems += [f"rank {i.rank}: {len(ready)} responses were never taken"
                      for i in self.instances if (ready := i.executor.take_ready())]
-        if self.shared:
-            seen: list[int] = []
-            for instance in self.instances:
-                seen += free_ids(instance.blocks)
-                for owner in instance.blocks.owners:
-                    seen += instance.blocks.table(owner)
-            if idle and sorted(seen) != list(range(len(seen))):
-                problems.append(f"shared pool: ids {sorted(seen)}")
-        return problems
+        return problems + find_shared_blocks((i.name, i.engine.pool_blocks()) for i in self.instances)
 
     def close(self) -> None:
-        for bell in self.bells:
-            bell.close()
+        self.bell.close()
 
     def run(
         self, requests: Sequence[ExecutorRequest], *, max_turns: int = 2000
@@ -234,6 +288,84 @@ class Job:
         raise AssertionError(f"requests {sorted(left)} are not over after {max_turns} turns")
 
 
+class Sink:
+    """Keeps what rank 0 tells of one request."""
+
+    def __init__(self) -> None:
+        self.responses: list[Response] = []
+        self.ends: list[State] = []
+
+    def on_response(self, entry: Entry, response: Response) -> None:
+        self.responses.append(response)
+        if entry.is_over:
+            self.ends.append(entry.state)
+
+    @property
+    def end(self) -> State:
+        """How it ended: once, with the last thing that was said."""
+        (state,) = self.ends
+        assert self.responses[-1].finish_reason is not None
+        assert all(response.finish_reason is None for response in self.responses[:-1])
+        return state
+
+    @property
+    def token_ids(self) -> list[int]:
+        return tokens_of(self.responses)
+
+
+class LedJob:
+    """A :class:`Job` led by rank 0's dispatcher in one thread, turn by turn."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.network = MemoryNetwork()  # control
+        self.sent: list[tuple[int, Message]] = []
+        """What rank 0 has sent: destination and message."""
+        self._channel = self.network.channel(0)
+        self.services = [
+            LeaderService(instance.id, instance.executor, self.network.channel(instance.rank),
+                          Waiter(job.bell))
+            for instance in job.instances]
+        self.dispatcher = Dispatcher(job.views(), self._send, job.policy)
+        self.entries: dict[int, Entry] = {}
+
+    def submit(self, request: ExecutorRequest) -> Sink:
+        sink = Sink()
+        self.entries[request.request_id] = Entry(request, sink, None)
+        self.dispatcher.submit(self.entries[request.request_id])
+        return sink
+
+    def lead(self) -> None:
+        """Rank 0's turn."""
+        for _, message in self._channel.poll():
+            self.dispatcher.on_step(message)
+        self.dispatcher.turn()
+
+    def turn(self, *instances: int) -> None:
+        """Rank 0's turn, then that of ``instances``, by default of all."""
+        self.lead()
+        for position in instances or range(len(self.services)):
+            self.services[position].turn()
+
+    def finish(self, max_turns: int = 2000) -> None:
+        """Turns until every request is over."""
+        for _ in range(max_turns):
+            self.turn()
+            if not self.dispatcher.num_open:
+                return
+        raise AssertionError(f"{self.dispatcher.num_open} requests are not over after {max_turns} turns")
+
+    def problems(self) -> list[str]:
+        """All that is wrong with the books of rank 0 and of the instances when nothing is open."""
+        for _ in range(4):
+            self.turn()
+        return self.dispatcher.check() + self.job.problems()
+
+    def _send(self, rank: int, message: Message) -> None:
+        self.sent.append((rank, message))
+        self._channel.send(rank, message)
+
+
 class OrchestratedJob:
     """A :class:`Job` under a real orchestrator: its pump thread, and one thread for all workers."""
 
@@ -245,20 +377,15 @@ class OrchestratedJob:
         self._bell = Doorbell(job_id, 0, ranks, True)
         channels = {rank: self.network.channel(rank) for rank in ranks}
         self.services = [
-            LeaderService(position, instance.executor, channels[instance.rank],
-                          Waiter(job.bells[0]))
-            for position, instance in enumerate(job.instances)]
-        views = [
-            InstanceView(position, instance.role, f"{instance.role} {instance.index}",
-                         instance.rank, instance.executor.limits)
-            for position, instance in enumerate(job.instances)]
+            LeaderService(instance.id, instance.executor, channels[instance.rank], Waiter(job.bell))
+            for instance in job.instances]
         self.worker_error: BaseException | None = None
         self._stop = threading.Event()
         self._may_run = threading.Event()
         self._may_run.set()
         self._worker = threading.Thread(target=self._work, daemon=True)
         self._worker.start()
-        self.orchestrator = Orchestrator(views, channels[0], self._bell, tokenizer)
+        self.orchestrator = Orchestrator(job.views(), channels[0], self._bell, tokenizer, job.policy)
 
     def pause(self) -> None:
         """Workers stop before their next turn: what is open stays open."""
@@ -268,7 +395,7 @@ class OrchestratedJob:
         self._may_run.set()
 
     def _work(self) -> None:
-        waiter = Waiter(self.job.bells[0])
+        waiter = Waiter(self.job.bell)
         try:
             while not self._stop.is_set() and not all(s.stopping for s in self.services):
                 if not self._may_run.wait(0.01):
@@ -293,14 +420,8 @@ class OrchestratedJob:
         assert self.worker_error is None, self.worker_error
 
 
-def free_ids(blocks: BlockManager) -> list[int]:
-    return [block for block, mark in enumerate(blocks._map) if mark == 1]
-
-
-def replace(request: ExecutorRequest, **changes: Any) -> ExecutorRequest:
-    import msgspec
-
-    return msgspec.structs.replace(request, **changes)
+def replace(struct: Any, **changes: Any) -> Any:
+    return msgspec.structs.replace(struct, **changes)
 
 
 def executor_request(
@@ -313,6 +434,34 @@ def executor_request(
 
 def tokens_of(responses: Sequence[Response]) -> list[int]:
     return [token for response in responses for token in response.token_ids]
+
+
+def assert_ended_once(responses: Sequence[Response]) -> Response:
+    """One last response, at the end; a hand-over in between does not count."""
+    finals = [r for r in responses if r.is_final and r.context_phase_params is None]
+    assert len(finals) == 1
+    assert responses[-1] is finals[0]
+    assert all(r.finish_reason is None for r in responses[:-1])
+    assert finals[0].finish_reason is not None
+    return finals[0]
+
+
+class Undisturbed:
+    """The tokens of requests that run alone, with room for all they need and nothing to reuse."""
+
+    def __init__(self, path: Path) -> None:
+        self._job = Job(path, (Role.AGGREGATED,), shared=True, num_blocks=64, max_num_tokens=64,
+                        prefix_cache=False)
+        self._known: dict[bytes, list[int]] = {}
+
+    def tokens(self, request: ExecutorRequest) -> list[int]:
+        key = msgspec.msgpack.encode(replace(request, request_id=0))
+        if key not in self._known:
+            self._known[key] = tokens_of(self._job.run([replace(request, request_id=0)])[0])
+        return self._known[key]
+
+    def close(self) -> None:
+        self._job.close()
 
 
 def text_of(responses: Sequence[Response]) -> str:

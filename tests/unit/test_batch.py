@@ -292,7 +292,8 @@ def test_prompts_are_answered_in_order_with_a_summary(job: OrchestratedJob) -> N
 def test_a_summary_shows_what_there_was() -> None:
     one = result()
     one.choices[0].timing = Timing(
-        queue=1e-6, context=0.5, handover=0.25, handover_bytes=2**30, kv_bytes=2**30, transport="mpi",
+        queue=1e-6, context=0.5, handover=0.25, transfer=0.25, handover_bytes=2**30,
+        kv_bytes=2**30, transport="mpi",
         ttft=0.0123, second_token=0.01, tpot=0.02, total=2.5)
     text = summary(one)
     assert "1024.0 MiB moved, 4.29 GB/s (mpi)" in text

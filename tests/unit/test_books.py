@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
+from inprocess import Job, executor_request, replace
 
-from disagg_mpi.comm.channel import MemoryNetwork
-from disagg_mpi.comm.messages import PullRequest, Release
 from disagg_mpi.config import Instance, JobConfig
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.errors import ConfigError, IntegrityError, ModelError
 from disagg_mpi.orchestrator.table import find_shared_blocks
-from disagg_mpi.request import PoolBlocks, SamplingParams
-from disagg_mpi.transfer.layout import KvLayout
-from disagg_mpi.transfer.transceiver import Transceiver
-from disagg_mpi.transfer.transports import MemoryTransport, MemoryWire
+from disagg_mpi.request import PoolBlocks, RequestType, SamplingParams
 
 
 def test_a_block_that_two_instances_take_for_theirs_is_named() -> None:
@@ -36,18 +31,27 @@ def test_a_managers_blocks_follow_an_exchange() -> None:
     assert generation.block_ids == [0, 1, 6, 7]
 
 
-@pytest.mark.parametrize("message", [PullRequest(7, 0), Release(7, [1, 2])])
-def test_params_that_are_used_twice_are_an_error_not_wrong_tokens(message: object) -> None:
-    network = MemoryNetwork()
-    layout = KvLayout(1, 1, 2, 4, 4, "fp32")
-    pool = np.zeros(layout.pool_bytes, dtype=np.uint8)
-    context = Transceiver(1, network.channel(1), MemoryTransport(1, MemoryWire(), pool, layout), layout,
-                          pool="p", use_shared=True)
-    network.channel(2).send(1, message)  # type: ignore[arg-type]
-    with pytest.raises(IntegrityError, match="rank 2 pulls request 7, whose context is no longer held"):
-        context.progress()
-    network.channel(2).send(1, Release(7))  # lets go of what is gone: harmless
-    assert context.progress() == []
+@pytest.mark.parametrize("shared", [True, False])
+def test_params_that_are_used_twice_are_an_error_not_wrong_tokens(tiny_llama: Path, shared: bool) -> None:
+    job = Job(tiny_llama, shared=shared)
+    params = job.run([executor_request(7, [1, 2, 3])])[7][0].context_phase_params
+    job.generation.enqueue_request(replace(
+        executor_request(7, [1, 2, 3]), type=RequestType.GENERATION_ONLY, context_phase_params=params))
+    with pytest.raises(IntegrityError, match="rank 2 took over request 7, whose context is no longer held"):
+        for _ in range(10):
+            job.turn()
+    job.close()
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_letting_go_of_what_is_gone_is_harmless(tiny_llama: Path, shared: bool) -> None:
+    job = Job(tiny_llama, shared=shared)
+    params = job.run([executor_request(7, [1, 2, 3])])[7][0].context_phase_params
+    job.generation.enqueue_request(replace(  # refused: its prompt is empty
+        executor_request(7, []), type=RequestType.GENERATION_ONLY, context_phase_params=params))
+    assert job.turn()[2][0].finish_reason == "error"
+    assert job.problems() == []
+    job.close()
 
 
 def test_numbers_that_no_message_can_carry_are_refused() -> None:

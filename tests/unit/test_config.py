@@ -44,7 +44,21 @@ def toml(tmp_path: Path) -> Any:
     ({"engine": "vllm"}, "engine is 'vllm'"),
     ({"context": -1}, "context is -1"),
     ({"context": True}, "context is True"),
-    ({"context": "2"}, "context is '2'"),
+    ({"context": "two"}, "context is 'two'; needed is a number of copies"),
+    ({"context": "0"}, "no context instance"),
+    ({"context": (Instance(tp="2"),)}, "tp=2 pp=1; both must be"),
+    ({"context": (Instance(participant_ids=3),)}, "participant_ids 3; they are a sequence"),
+    ({"context": (Instance(device_ids=(-1,)),)}, r"device_ids \(-1,\); they are"),
+    ({"context_participant_ids": 3}, "context_participant_ids is 3; it is text"),
+    ({"generation_tokens_per_block": 0}, "generation_tokens_per_block is 0"),
+    ({"reserved_output": 0}, "reserved_output is 0"),
+    ({"overlap_tokens": 0}, "overlap_tokens is 0"),
+    ({"local_context": -1}, "local_context is -1"),
+    ({"local_context": "never"}, "local_context is 'never'; it is a number of tokens, 0 for never, or auto"),
+    ({"local_context": True}, "local_context is True"),
+    ({"prefix_cache": 1}, "prefix_cache is 1"),
+    ({"router": "random"}, "router is 'random'; known are prefix, least-loaded"),
+    ({"aggregated": 1, "context_device_ids": "0"}, "aggregated and context_device_ids exclude each other"),
     ({"generation": ["tp2"]}, "generation is "),
     ({"generation": 2.0}, "generation is 2.0"),
     ({"context": 0}, "no context instance"),
@@ -70,6 +84,12 @@ def test_instances_are_counted_or_listed() -> None:
     assert not config.is_aggregated
 
 
+def test_generation_may_have_blocks_of_its_own() -> None:
+    config = JobConfig(tokens_per_block=32, generation_tokens_per_block=64)
+    assert [config.block_size(role) for role in ("context", "generation", "aggregated")] == [32, 64, 32]
+    assert JobConfig(tokens_per_block=16).block_size("generation") == 16
+
+
 def test_aggregated_instances_leave_none_of_the_others() -> None:
     config = JobConfig(aggregated=3)
     assert config.instances("context") == config.instances("generation") == ()
@@ -90,6 +110,21 @@ def test_a_file_gives_job_sampling_and_run(toml: Any) -> None:
     assert found.run == {"input": "in.jsonl"}
 
 
+@pytest.mark.parametrize("text", [
+    'context = "tp2,pp2"', "context = [{tp = 2}, {pp = 2}]",
+    'context = "tp2,pp2"\ncontext_participant_ids = "1,2;3,4"'])
+def test_a_file_gives_shapes_as_text_or_tables(toml: Any, text: str) -> None:
+    assert [str(shape) for shape in settings(toml(text)).job.instances("context")] == ["tp2", "tp1pp2"]
+
+
+def test_a_file_places_instances(toml: Any) -> None:
+    found = settings(toml("context = [{tp = 2, participant_ids = [3, 1], device_ids = [0, 1]}]\n"
+                          'local_context = "auto"\nprefix_cache = false\n'))
+    assert found.job.context == (Instance(tp=2, participant_ids=(3, 1), device_ids=(0, 1)),)
+    assert found.job.local_context == "auto"
+    assert not found.job.prefix_cache
+
+
 def test_a_path_in_the_file_is_a_path() -> None:
     options = convert({"input": "in.jsonl", "output": Path("out.jsonl")}, RunOptions, "[run]")
     assert options.input == Path("in.jsonl")
@@ -105,6 +140,14 @@ def test_options_win_over_the_file(toml: Any) -> None:
     assert found.job.kv_tokens == 64
     assert found.sampling.max_tokens == 5
     assert found.sampling.temperature == 0.0
+
+
+def test_a_switch_that_is_off_is_a_value_that_was_given(toml: Any) -> None:
+    assert settings().job.prefix_cache
+    assert not settings(toml("prefix_cache = true\n"), prefix_cache=False).job.prefix_cache
+    assert settings(toml("prefix_cache = false\n"), prefix_cache=True).job.prefix_cache
+    # A plain flag that was not typed says nothing.
+    assert settings(toml("[run]\nchat = true\n"), chat=False).run == {"chat": True}
 
 
 @pytest.mark.parametrize(("name", "section"), [
@@ -127,7 +170,8 @@ def test_a_zero_that_cannot_be_is_refused_not_ignored(name: str) -> None:
     ('dtype = "fp8"', "fp8"),
     ("context = [{tp = 2, ep = 1}]", "ep"),
     ("[sampling]\ntop = 1", r"\[sampling\]: .*`top`.*Known keys: .*top_p"),
-    ("[sampling]\ntop_p = 1.5", "top_p is 1.5"),
+    ("[sampling]\ntop_p = 1.5", r"job\.toml: top_p is 1.5"),
+    ('context = "many"', r"job\.toml: context is 'many'"),
     ("sampling = 3", r"sampling must be a table"),
     ("a = 1\ncontext = = 2", "not valid TOML.*line 2"),
     ("\x00", "not valid TOML"),
@@ -155,6 +199,18 @@ def test_a_split_on_the_command_line_outweighs_the_files_baseline(toml: Any) -> 
     assert not job.is_aggregated
     assert len(job.instances("context")) == 2
     assert not settings(toml("aggregated = 2\n"), aggregated=0).job.is_aggregated
+
+
+def test_ids_ask_for_their_role_too(toml: Any) -> None:
+    path = toml('context = "tp2"\ncontext_participant_ids = "1,2"\ngeneration_device_ids = "0"\n')
+    assert settings(path, aggregated_participant_ids="1").job.is_aggregated
+    assert settings(path, aggregated="2xtp2").job.is_aggregated
+    path = toml('aggregated_participant_ids = "1;2"\n')
+    assert settings(path).job.is_aggregated
+    assert not settings(path, generation_participant_ids="2").job.is_aggregated
+    assert not settings(path, aggregated=0).job.is_aggregated
+    with pytest.raises(ConfigError, match="--aggregated and --context-device-ids exclude each other"):
+        settings(aggregated=1, context_device_ids="0")
 
 
 def test_baseline_and_split_together_are_refused() -> None:

@@ -9,36 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from inprocess import executor_request
+from inprocess import Sink, executor_request
 
 from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Step
 from disagg_mpi.executor.validate import blocks_needed
 from disagg_mpi.orchestrator.dispatcher import Dispatcher
-from disagg_mpi.orchestrator.router import pick_context, pick_generation
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
 from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, PhaseTiming, RequestType, Response
 from disagg_mpi.topology import Role
 
 LIMITS = ExecutorLimits(num_blocks=10, tokens_per_block=4, max_batch_size=3, max_num_tokens=8,
-                        max_model_len=100, vocab_size=50)
-
-
-class Sink:
-    """Keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.responses: list[Response] = []
-        self.ends: list[State] = []
-
-    def on_response(self, entry: Entry, response: Response) -> None:
-        self.responses.append(response)
-        if entry.is_over:
-            self.ends.append(entry.state)
-
-    @property
-    def end(self) -> State:
-        (state,) = self.ends
-        return state
+                        max_model_len=100, vocab_size=50, reserved_output=8)
 
 
 class Rank0:
@@ -168,17 +149,6 @@ def test_the_least_loaded_are_picked() -> None:
     assert [v.free_blocks for v in rank0.views[2:]] == [7, 7], "largest free share"
     places = {i: e.generation.id for i, e in rank0.entries.items() if e.generation}
     assert places == {1: 2, 2: 3, 3: 3, 4: 3}
-
-
-def test_routers_alone() -> None:
-    views = [InstanceView(i, Role.GENERATION, "", i, LIMITS) for i in range(3)]
-    views[0].free_blocks, views[1].free_blocks = 3, 8
-    views[2].num_requests = LIMITS.max_batch_size
-    picked = pick_generation(views, 2)
-    assert picked is views[1]
-    assert pick_generation(views, 9) is None
-    views[0].pending_context_tokens = 5
-    assert pick_context(views) is views[1]
 
 
 @pytest.mark.parametrize("reason", ["cancelled", "deadline"])

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from inprocess import (
     VOCABULARY,
     Job,
+    assert_ended_once,
     executor_request,
     replace,
     text_of,
@@ -37,29 +38,6 @@ from disagg_mpi.topology import Role
 
 WAYS = pytest.mark.parametrize("shared", [True, False], ids=["exchanged", "copied"])
 PROMPT = [5, 9, 100, 3, 77, 21]
-
-
-@pytest.fixture
-def jobs(tiny_llama: Path) -> Iterator[Any]:
-    made: list[Job] = []
-
-    def make(*roles: Role, shared: bool = True, **changes: Any) -> Job:
-        made.append(Job(tiny_llama, roles or (Role.CONTEXT, Role.GENERATION), shared=shared, **changes))
-        return made[-1]
-
-    yield make
-    for job in made:
-        job.close()
-
-
-def assert_ended_once(responses: list[Response]) -> Response:
-    """One last response, at the end; a hand-over in between does not count."""
-    finals = [r for r in responses if r.is_final and r.context_phase_params is None]
-    assert len(finals) == 1
-    assert responses[-1] is finals[0]
-    assert all(r.finish_reason is None for r in responses[:-1])
-    assert finals[0].finish_reason is not None
-    return finals[0]
 
 
 MIXED = [
@@ -118,7 +96,7 @@ def test_the_timing_says_how_the_cache_passed(jobs: Any, shared: bool) -> None:
     job = jobs(shared=shared)
     final = job.run([executor_request(1, PROMPT)])[1][-1]
     assert final.timing is not None
-    assert final.timing.transport == ("shared" if shared else "memory")
+    assert final.timing.transport == ("shared" if shared else "mpi")
     assert final.timing.kv_bytes == len(PROMPT) * 2 * 2 * 2 * 8 * 4
     assert final.timing.handover_bytes == (0 if shared else final.timing.kv_bytes)
 
@@ -486,7 +464,7 @@ def test_whatever_happens_every_request_ends_once(tiny_llama: Path, data: st.Dat
 
 # ---- the executor that computes nothing ----
 
-LIMITS = ExecutorLimits(16, 4, 4, 8, 64, 10)
+LIMITS = ExecutorLimits(16, 4, 4, 8, 64, 10, 64)
 
 
 @pytest.fixture
@@ -546,8 +524,8 @@ def served(bell: Any) -> tuple[Any, Any]:
 
 def test_the_leader_announces_its_limits(served: Any) -> None:
     service, rank0 = served
-    service.announce({"context 0": "shared"})
-    assert rank0.poll() == [(1, Ready(3, ExecutorLimits(16, 4, 4, 8, 64, 10), {"context 0": "shared"}))]
+    service.announce({0: "shared"})
+    assert rank0.poll() == [(1, Ready(3, LIMITS, {0: "shared"}, ""))]
 
 
 def test_the_leader_sends_one_message_a_step(served: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import typing
 import uuid
 
 import msgspec
@@ -16,6 +17,7 @@ from disagg_mpi.request import (
     ExecutorLimits,
     ExecutorRequest,
     PhaseTiming,
+    PoolBlocks,
     RequestType,
     Response,
     SamplingParams,
@@ -28,22 +30,36 @@ REQUEST = ExecutorRequest(
     sampling=SamplingParams(max_tokens=3, temperature=0.5, seed=2**63 - 1, stop=("ä", "\n"),
                             stop_token_ids=(4,), logprobs=2),
     type=RequestType.GENERATION_ONLY, sequence_index=3, context_phase_params=PARAMS)
+EARLY = ExecutorRequest(request_id=1, prompt_token_ids=[1], type=RequestType.GENERATION_ONLY, early_source=0)
 RESPONSE = Response(
     request_id=1, token_ids=[3], text="é", logprobs=[TokenLogprobs(-0.5, [(3, -0.5), (4, -2.0)])],
     logits=[b"\x01\x02"], is_final=True, finish_reason="deadline", error="late",
-    context_phase_params=PARAMS, timing=PhaseTiming(1.0, 2.0, 3.0, 4, 5, "mpi"))
+    context_phase_params=PARAMS, timing=PhaseTiming(1.0, 2.0, 3.0, 4.0, 5, 6, "mpi", 7, 8, 9), num_blocks=0)
 
 
-@pytest.mark.parametrize("message", [
-    messages.Enqueue([REQUEST]), messages.Cancel([1, 2], "deadline"), messages.DropOffer([2**63 - 1]),
-    messages.IntegrityCheck(3), messages.Shutdown(),
-    messages.Ready(1, ExecutorLimits(2, 3, 4, 5, 6, 7), {"context 0": "shared"}),
-    messages.Step(0, [RESPONSE]), messages.IntegrityReport(3, 1, ["a"]),
-    messages.PullRequest(2**63 - 1, 7), messages.Release(1), messages.Release(1, [4, 5]),
-], ids=lambda message: type(message).__name__)
+MESSAGES: list[messages.Message] = [
+    messages.Enqueue([REQUEST, EARLY]), messages.Proceed(1, PARAMS), messages.Cancel([1, 2], "deadline"),
+    messages.DropOffer([2**63 - 1]), messages.IntegrityCheck(3), messages.Shutdown(),
+    messages.Ready(1, ExecutorLimits(2, 3, 4, 5, 6, 7, 8), {0: "shared", 3: "mpi"}, "host 0+0"),
+    messages.Step(0, [RESPONSE]), messages.IntegrityReport(3, 1, ["a"], PoolBlocks("host 0+0", [(3, 4)])),
+    messages.Batch(5, [1, 2, 3], [(7, 2, [(16, 9)]), (0, 1, [(32, 1), (40, 2)])], [2]),
+    messages.CopyBlocks([1, 2], [8, 9]),
+    messages.PullPart(1, 0, [1, 2], [3, 4], 0, 8, 1, 3), messages.PartDone(1),
+    messages.PullRequest(7, [1, 2], (0, 2, 1, 2, 0, 8)), messages.Watch(2**63 - 1),
+    messages.Announce(1, [5, 6], 0, 8, 0, 4), messages.Ended(1),
+    messages.Release(1), messages.Release(1, [4, 5]), messages.Release(1, None, was_read=True),
+]
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=lambda message: type(message).__name__)
 def test_every_message_comes_back_as_it_went(message: messages.Message) -> None:
     data = messages.encode(message)
     assert messages.decode(bytearray(data)) == message
+
+
+def test_every_message_is_tried_above() -> None:
+    tried = {type(message) for message in MESSAGES}
+    assert tried == set(typing.get_args(messages.AnyMessage))
 
 
 @pytest.mark.parametrize("data", [

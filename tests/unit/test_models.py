@@ -60,11 +60,9 @@ def reference(path: Path) -> list[tuple[list[int], list[float]]]:
 def test_greedy_tokens_are_transformers_own(name: str, tmp_path: Path) -> None:
     kind, changes = MODELS[name]
     path = save_tiny_model(tmp_path / name, kind, **changes)
-    kv_heads = changes.get("num_key_value_heads", 2)
     expected = reference(path)
     assert len({token for tokens, _ in expected for token in tokens}) > 10, "no trivial model"
-    job = Job(path, (Role.CONTEXT, Role.GENERATION), shared=True, num_blocks=80, max_num_tokens=11,
-              num_kv_heads=kv_heads)
+    job = Job(path, (Role.CONTEXT, Role.GENERATION), shared=True, num_blocks=80, max_num_tokens=11)
     found = job.run([executor_request(i, prompt, max_tokens=NEW_TOKENS)
                      for i, prompt in enumerate(PROMPTS)])
     for i, (tokens, gaps) in enumerate(expected):
@@ -122,4 +120,37 @@ def test_missing_weights_are_named(tmp_path: Path) -> None:
 
 
 def test_the_vocabulary_is_the_fixtures(tiny_llama: Path) -> None:
-    assert load_model(tiny_llama, "fp32").config.vocab_size == VOCABULARY
+    assert load_model(tiny_llama, "fp32").module.config.vocab_size == VOCABULARY
+
+
+def test_weights_of_another_shape_are_refused(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    path = save_tiny_model(tmp_path / "m")
+    tensors = load_file(path / "model.safetensors")
+    save_file({**tensors, "model.norm.weight": torch.zeros(31)}, path / "model.safetensors")
+    with pytest.raises(ModelError, match=r"found model\.norm\.weight with shape \(31,\), .* needs \(32,\)"):
+        load_model(path, "fp32")
+
+
+def test_weights_are_the_files_own_pages(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "m")
+    module = load_model(path, "fp32").module
+    owners = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    assert len(owners) == 1
+    assert not any(p.requires_grad for p in module.parameters())
+
+
+def test_weights_at_odd_places_of_a_file_are_read(tmp_path: Path) -> None:
+    path = save_tiny_model(tmp_path / "m")
+    module = load_model(path, "fp32").module
+    expected = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    file = path / "model.safetensors"
+    raw = file.read_bytes()  # whose bytes the module maps, and sees change
+    length = int.from_bytes(raw[:8], "little")
+    pad = 1 + -length % 4  # the tensors begin one byte after a multiple of four
+    file.write_bytes(
+        (length + pad).to_bytes(8, "little") + raw[8 : 8 + length] + b" " * pad + raw[8 + length :])
+    found = load_model(path, "fp32").module.state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)

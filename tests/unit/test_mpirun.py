@@ -22,7 +22,7 @@ MPICH = MpiInstall("mpich", "5.0.2", "/venv/bin/mpirun", "mpich")
 INTEL = MpiInstall("intel", "2021.18", "/venv/bin/mpirun", "impi-rt")
 USER = {"HOME": "/home/user", "PATH": "/usr/bin"}
 OVERSUBSCRIBE = {
-    "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
     "PRTE_MCA_hwloc_default_binding_policy": "none",
 }
 
@@ -44,7 +44,7 @@ def test_more_ranks_than_cores_share_them() -> None:
     composed = line(cores=2)
     assert composed.env == OVERSUBSCRIBE
     assert "3 ranks on 2 cores" in composed.notes[0]
-    assert composed.text.startswith("env PRTE_MCA_rmaps_default_mapping_policy=:oversubscribe ")
+    assert composed.text.startswith("env PRTE_MCA_rmaps_default_mapping_policy=slot:oversubscribe ")
 
 
 def test_two_ranks_are_not_bound_to_one_core_each() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from inprocess import VOCABULARY, executor_request, replace
 
 from disagg_mpi.executor.output import TextOutput
-from disagg_mpi.executor.validate import blocks_needed, problem_with
+from disagg_mpi.executor.validate import blocks_needed, blocks_reserved, problem_with
 from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, ExecutorRequest, RequestType
 
 WORDS = ["a", "b", "ab", "ba", "", "c", "aab", "\n"]
@@ -118,7 +118,7 @@ def test_a_stop_text_that_does_not_come_is_given_at_the_end() -> None:
 
 
 LIMITS = ExecutorLimits(num_blocks=8, tokens_per_block=4, max_batch_size=4, max_num_tokens=8,
-                        max_model_len=40, vocab_size=VOCABULARY)
+                        max_model_len=40, vocab_size=VOCABULARY, reserved_output=8)
 
 
 def test_what_fits_exactly_is_served() -> None:
@@ -127,6 +127,17 @@ def test_what_fits_exactly_is_served() -> None:
                         replace(LIMITS, num_blocks=10)) is None  # type: ignore[arg-type]
     assert blocks_needed(LIMITS, 8, 25) == 8
     assert blocks_needed(LIMITS, 1, 1) == 1
+
+
+def test_a_request_is_admitted_with_room_for_some_of_its_output() -> None:
+    assert blocks_reserved(LIMITS, 8, 25) == 4
+    assert blocks_reserved(LIMITS, 8, 8) == blocks_needed(LIMITS, 8, 8) == 4
+    assert blocks_reserved(LIMITS, 8, 1) == 2
+
+
+def test_a_request_that_comes_early_has_its_context_phase_params_later() -> None:
+    request = replace(executor_request(1, [0]), type=RequestType.GENERATION_ONLY, early_source=0)
+    assert problem_with(request, LIMITS) is None
 
 
 @pytest.mark.parametrize(("request_", "text"), [

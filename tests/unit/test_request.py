@@ -85,7 +85,7 @@ def test_a_result_is_its_first_choice() -> None:
 
 def test_rates_of_nothing_are_nothing() -> None:
     assert Timing().handover_gb_per_s == 0.0
-    assert Timing(handover=2.0, handover_bytes=4 * 10**9).handover_gb_per_s == 2.0
+    assert Timing(handover=0.1, transfer=2.0, handover_bytes=4 * 10**9).handover_gb_per_s == 2.0
     assert TokenEvent("a", [1]).finish_reason is None
 
 

@@ -23,7 +23,7 @@ def sequence(request_id: int, num_prompt: int, max_tokens: int = 4,
 
 def make(num_blocks: int = 64, **changes: int) -> tuple[Scheduler, BlockManager]:
     blocks = BlockManager(range(num_blocks))
-    given = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 8, **changes}
+    given = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 8, "reserved_output": 64} | changes
     return Scheduler(blocks, **given), blocks  # type: ignore[arg-type]
 
 
@@ -32,7 +32,7 @@ def forward(chunks: list[Chunk]) -> list[Sequence]:
     done = []
     for chunk in chunks:
         samples = chunk.samples
-        chunk.sequence.num_computed = chunk.end
+        chunk.sequence.hold(chunk.end)
         if samples:
             chunk.sequence.token_ids.append(0)
             if chunk.sequence.num_output_tokens >= chunk.sequence.sampling.max_tokens:
@@ -42,14 +42,14 @@ def forward(chunks: list[Chunk]) -> list[Sequence]:
 
 @given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 6), st.integers(0, 5)),
                 min_size=1, max_size=12),
-       st.integers(1, 4), st.integers(0, 12), st.integers(9, 40), st.booleans())
+       st.integers(1, 4), st.integers(0, 12), st.integers(9, 40), st.integers(1, 6))
 @settings(deadline=None)
 def test_every_request_ends_in_order_within_budget_and_pool(
         requests: list[tuple[int, int, int]], batch: int, extra: int, num_blocks: int,
-        reserve: bool) -> None:
+        reserved: int) -> None:
     budget = batch + extra
     scheduler, blocks = make(num_blocks, max_batch_size=batch, max_num_tokens=budget,
-                             reserve_output_in_context=reserve)
+                             reserved_output=reserved)
     arriving = [(step, sequence(i, prompt, most)) for i, (prompt, most, step) in enumerate(requests)]
     arriving.sort(key=lambda pair: pair[0])
     order = [s.id for _, s in arriving]
@@ -61,6 +61,9 @@ def test_every_request_ends_in_order_within_budget_and_pool(
         for one in scheduler.admit():
             admitted.append(one.id)
             assert len(blocks.table(one.id)) == scheduler.blocks_for(one)
+        _, preempted = scheduler.grow()
+        for one in preempted:
+            assert one.status is Status.WAITING and not blocks.owns(one.id)
         chunks = scheduler.schedule()
         assert sum(chunk.length for chunk in chunks) <= budget
         assert len({chunk.sequence.id for chunk in chunks}) == len(chunks) <= batch
@@ -79,7 +82,7 @@ def test_every_request_ends_in_order_within_budget_and_pool(
         if not left:
             break
     assert left == 0
-    assert admitted == order, "first come, first served"
+    assert list(dict.fromkeys(admitted)) == order, "first come, first served"
     assert blocks.num_free == num_blocks and len(scheduler) == scheduler.num_waiting == 0
 
 
@@ -103,7 +106,7 @@ def test_a_long_prompt_goes_in_chunks_of_what_is_left() -> None:
 
 
 def test_the_head_of_the_line_waits_and_so_do_those_behind_it() -> None:
-    scheduler, blocks = make(num_blocks=6)
+    scheduler, blocks = make(num_blocks=6, max_num_tokens=64)
     first, large, small = sequence(1, 10, 3), sequence(2, 16, 4), sequence(3, 1, 1)
     for one in (first, large, small):
         scheduler.add(one)
@@ -115,6 +118,19 @@ def test_the_head_of_the_line_waits_and_so_do_those_behind_it() -> None:
     assert [s.id for s in scheduler.admit()] == [2, 3]
 
 
+def test_contexts_come_in_as_far_as_the_next_step_can_compute_them() -> None:
+    """Until then others may compute what they begin with."""
+    scheduler, _ = make(max_num_tokens=8)
+    long, other = sequence(1, 20), sequence(2, 2)
+    taken_over = sequence(3, 6, 4, RequestType.GENERATION_ONLY)
+    for one in (long, other, taken_over):
+        scheduler.add(one)
+    assert scheduler.admit() == [long, taken_over], "what costs no step passes"
+    forward(scheduler.schedule())
+    forward(scheduler.schedule())
+    assert scheduler.admit() == [other], "4 of 8 tokens are left"
+
+
 def test_a_context_reserves_the_output_only_where_it_goes_along() -> None:
     context = sequence(1, 8, 9, RequestType.CONTEXT_ONLY)
     both = sequence(2, 8, 9)
@@ -122,6 +138,87 @@ def test_a_context_reserves_the_output_only_where_it_goes_along() -> None:
     assert make(reserve_output_in_context=True)[0].blocks_for(context) == 4
     assert make()[0].blocks_for(both) == 4
     assert make()[0].blocks_for(sequence(3, 8, 1)) == 2, "the last token's KV is never computed"
+
+
+def test_output_is_reserved_as_far_as_told() -> None:
+    scheduler, _ = make(reserved_output=5)
+    assert scheduler.blocks_for(sequence(1, 8, 4)) == 3
+    assert scheduler.blocks_for(sequence(1, 8, 40)) == 3
+
+
+def generating(scheduler: Scheduler, *sequences: Sequence) -> None:
+    """Bring ``sequences`` to their first token."""
+    for one in sequences:
+        scheduler.add(one)
+        assert scheduler.admit() == [one]
+        while one.in_context_phase:
+            forward([chunk for chunk in scheduler.schedule() if chunk.sequence is one])
+
+
+def test_a_request_takes_more_blocks_as_it_grows() -> None:
+    scheduler, blocks = make(num_blocks=4, reserved_output=1)
+    one = sequence(1, 4, 9)
+    generating(scheduler, one)
+    assert blocks.table(1) == [0]
+    assert scheduler.grow() == ([one], [])
+    assert one.block_ids == [0, 1]
+    forward(scheduler.schedule())
+    assert scheduler.grow() == ([], []), "there is room for three more"
+
+
+def test_the_youngest_is_preempted_and_waits_at_the_head() -> None:
+    scheduler, blocks = make(num_blocks=5, reserved_output=1)
+    old, middle, young, behind = (sequence(i, 4, 9) for i in range(1, 5))
+    generating(scheduler, old, middle, young)
+    scheduler.add(behind)
+    assert scheduler.grow() == ([old, middle], [young])
+    assert (young.status, young.block_ids, young.num_computed) == (Status.WAITING, [], 0)
+    assert young.context_length == 5, "its first output token is computed again with the prompt"
+    assert not blocks.owns(young.id)
+    assert scheduler.num_waiting == 2
+    assert scheduler.admit() == [], "the one behind does not pass it, although it would fit"
+    for one in (old, middle):
+        scheduler.remove(one)
+        blocks.free(one.id)
+    assert scheduler.admit() == [young, behind]
+    (chunk, _) = scheduler.schedule()
+    assert (chunk.start, chunk.length, chunk.samples) == (0, 5, True)
+
+
+def test_who_cannot_grow_and_is_the_youngest_gives_up_itself() -> None:
+    scheduler, blocks = make(num_blocks=2, reserved_output=1)
+    old, young = sequence(1, 1, 9), sequence(2, 4, 4)
+    generating(scheduler, old, young)
+    assert scheduler.grow() == ([], [young])
+    assert blocks.num_free == 1
+    assert [c.sequence for c in scheduler.schedule()] == [old]
+
+
+def test_what_is_in_flight_is_not_preempted_and_needs_no_room_yet() -> None:
+    """With pipeline stages a step may hold a request's last token, or its context's."""
+    scheduler, blocks = make(num_blocks=3, num_stages=2, reserved_output=1)
+    old, young = sequence(1, 4, 9), sequence(2, 4, 9, RequestType.CONTEXT_ONLY)
+    generating(scheduler, old)
+    scheduler.add(young)
+    assert scheduler.admit() == [young]
+    young.num_scheduled, young.num_in_flight = 4, 1
+    blocks.allocate(9, 1)
+    assert scheduler.grow() == ([], []), "the older one waits for the younger one's step"
+    assert scheduler.schedule() == [], "without a block it is in no step"
+    scheduler.remove(young)
+    blocks.free(young.id)
+    assert scheduler.grow() == ([old], [])
+
+
+def test_stages_get_a_fair_share_of_those_who_generate() -> None:
+    scheduler, _ = make(num_stages=2)
+    sequences = [sequence(i, 2, 9) for i in range(1, 6)]
+    generating(scheduler, *sequences)
+    first = scheduler.schedule()
+    assert [c.sequence for c in first] == sequences[:3]
+    for chunk in first:
+        chunk.sequence.num_scheduled += 1
+    assert [c.sequence for c in scheduler.schedule()] == sequences[3:], "no one is in two steps at once"
 
 
 def test_what_is_handed_over_has_blocks_but_no_part_in_steps() -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +15,7 @@ from inprocess import save_tiny_model
 
 from disagg_mpi.cli.layout import as_data, layout, render
 from disagg_mpi.config import Instance, JobConfig
-from disagg_mpi.errors import ConfigError, ModelError, WorldTooLargeError, WorldTooSmallError
+from disagg_mpi.errors import ConfigError, LayoutError, ModelError, WorldTooLargeError, WorldTooSmallError
 from disagg_mpi.job.plan import MemoryPlan, plan_memory
 from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
 from disagg_mpi.topology import Role, build_topology
@@ -52,8 +54,12 @@ def test_a_world_that_is_too_small_is_told_the_sum_and_what_to_run() -> None:
     topology = build_topology(JobConfig(context=2, generation=2))
     with pytest.raises(WorldTooSmallError) as caught:
         topology.check_world(3)
-    assert str(caught.value) == ("3 ranks, this layout needs 5 = 1 orchestrator + 2 context + "
-                                 "2 generation; run mpirun -n 5 …")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == ("3 ranks, this layout needs 5 = 1 orchestrator + 2 context + 2 generation; "
+                        "run mpirun -n 5 …")
+    assert [line.split()[1] for line in lines[1:]] == ["0", "1", "2", "3", "4"]
+    mark = "<-- not in this world of 3 ranks"
+    assert [line.endswith(mark) for line in lines[1:]] == [False] * 3 + [True] * 2
     assert caught.value.exit_code == 2
 
 
@@ -91,17 +97,18 @@ def test_memory_of_a_pool() -> None:
 def test_memory_that_is_not_there_is_refused_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disagg_mpi.job.plan.available_bytes", lambda: 2 * 2**30)
     huge = MemoryPlan(SPEC, "fp32", 32, 2**26)
-    with pytest.raises(ConfigError, match=r"2 instances .* available: give --kv-tokens \d+") as caught:
-        huge.check_memory(2)
-    advised = int(str(caught.value).rsplit(" ", 1)[1])
-    MemoryPlan(SPEC, "fp32", 32, advised).check_memory(2)
-    with pytest.raises(ConfigError, match="use fewer instances"):
-        huge.check_memory(8)
+    with pytest.raises(ConfigError, match=r"2 engine ranks .* available: give --kv-tokens \d+") as caught:
+        huge.check_memory(2, 2 * huge.pool_bytes)
+    advised = MemoryPlan(SPEC, "fp32", 32, int(str(caught.value).rsplit(" ", 1)[1]))
+    advised.check_memory(2, 2 * advised.pool_bytes)
+    with pytest.raises(ConfigError, match="use fewer ranks"):
+        huge.check_memory(8, 8 * huge.pool_bytes)
 
 
 def test_memory_is_not_guessed_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("disagg_mpi.job.plan.available_bytes", lambda: None)
-    MemoryPlan(SPEC, "fp32", 32, 2**40).check_memory(2)
+    plan = MemoryPlan(SPEC, "fp32", 32, 2**40)
+    plan.check_memory(2, 2 * plan.pool_bytes)
 
 
 def test_layout_shows_ranks_and_sizes(tiny_llama: Path) -> None:
@@ -137,11 +144,49 @@ def test_layout_of_a_model_that_is_not_here(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_followers_and_leaders_are_shown() -> None:
-    config = JobConfig(context=(Instance(tp=2),))
+    config = JobConfig(context=(Instance(tp=2),), context_device_ids="4,5")
     topology = build_topology(config)
     text = render(config, topology, None)
-    assert "context 0 (leader)" in text
-    assert len(as_data(config, topology, None)["ranks"]) == 4
+    assert re.search(r"rank 1   ▶ context 0 \(leader\)   stage 0/1 · tp 0/2   device 4$", text, re.M)
+    assert re.search(r"rank 2   ▶ context 0 +stage 0/1 · tp 1/2   device 5$", text, re.M)
+    assert re.search(r"rank 3   ◀ generation 0$", text, re.M)
+    ranks = as_data(config, topology, None)["ranks"]
+    assert ranks[2] == {"rank": 2, "role": "context 0 · follower", "pp_rank": 0, "tp_rank": 1, "device_id": 5}
+    assert len(ranks) == 4
+
+
+def test_layout_shares_the_pool_out(tiny_llama: Path) -> None:
+    arguments = ["--model", str(tiny_llama), "--context", "tp4", "--generation", "pp2", "--json"]
+    data = json.loads(CliRunner().invoke(layout, arguments).output)
+    whole = data["memory"]["pool_bytes_per_instance"]
+    # Two KV heads on four ranks: each has one, which a neighbour has too.
+    assert [rank.get("pool_bytes", 0) * 2 / whole for rank in data["ranks"]] == [0, 1, 1, 1, 1, 1, 1]
+    assert data["instances"][1] == {"name": "generation 0", "shape": "tp1pp2", "ranks": [5, 6]}
+
+
+@pytest.mark.parametrize(("options", "text"), [
+    (["--context", "tp3"], "context 0 is tp3: 4 heads and 2 KV heads .* tp can be 1, 2 or 4"),
+    (["--aggregated", "pp3"], "aggregated 0 is tp1pp3: 2 layers .* pp can be 2 at most")])
+def test_layout_refuses_what_the_model_cannot_be_divided_into(
+    tiny_llama: Path, options: list[str], text: str
+) -> None:
+    error = CliRunner().invoke(layout, ["--model", str(tiny_llama), *options]).exception
+    assert isinstance(error, LayoutError)
+    assert re.match(text, str(error))
+
+
+@pytest.mark.parametrize(("options", "same_host"), [
+    ({}, "one shared pool: the block table moves, the bytes stay"),
+    ({"generation_tokens_per_block": 64}, "copied within the shared window"),
+    ({"generation_tokens_per_block": 32}, "one shared pool"),
+    ({"transport": "mpi"}, "MPI messages")])
+def test_layout_says_how_a_hand_over_goes(options: dict[str, Any], same_host: str) -> None:
+    config = JobConfig(**options)
+    text = render(config, build_topology(config), plan_memory(config, SPEC))
+    assert f"same host: {same_host}" in text
+    assert "other host: MPI messages" in text
+    assert ("generation: blocks of 64" in text) == ("generation_tokens_per_block" in options
+                                                    and config.block_size("generation") == 64)
 
 
 def test_the_models_shape_is_read_from_its_files(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ if how == "usage-alone" and rank == victim:
 for other in range(size):
     if other != rank:
         world.Sendrecv(bytearray(65536), other, 0, bytearray(65536), other, 0)
-window = MPI.Win.Allocate_shared(1 << 20, 1, comm=world)
+window = MPI.Win.Allocate_shared(1 << 20, 1, comm=world.Split_type(MPI.COMM_TYPE_SHARED))
 world.Barrier()
 segments.unlink_shared_segments()
 world.Barrier()
