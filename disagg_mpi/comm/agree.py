@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeVar
 
@@ -12,20 +11,6 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 T = TypeVar("T")
-
-# How long a rank sleeps between looks whether the others have come too.
-_LOOK_SECONDS = 0.002
-
-
-def meet(comm: MPI.Intracomm) -> None:
-    """Wait until every rank is here, without a core; collective.
-
-    MPI's own collectives spin: ranks that are ready would take the cores from those that still load
-    (17 ranks on 2 cores: a start of 85 s for one of 20).
-    """
-    request = comm.Ibarrier()
-    while not request.Test():
-        time.sleep(_LOOK_SECONDS)
 
 
 def together(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
@@ -39,7 +24,6 @@ def together(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
         result = action()
     except DisaggError as caught:
         error = caught
-    meet(comm)
     found = next((e for e in comm.allgather(error) if e is not None), None)
     if found is not None:
         raise found
@@ -55,7 +39,6 @@ def from_root(comm: MPI.Intracomm, action: Callable[[], T]) -> T:
             result = action()
         except DisaggError as caught:
             error = caught
-    meet(comm)
     result, error = comm.bcast((result, error))
     if error is not None:
         raise error

@@ -111,10 +111,12 @@ class Engine:
                 or self._transceiver.has_offer(request_id))
 
     def finish(self, sequence: Sequence) -> None:
-        """The sequence is over: forget it, free its blocks."""
+        """The sequence is over: forget it, free its blocks, or let their watcher have its last look."""
         self._scheduler.remove(sequence)
         self._resized.pop(sequence.id, None)
-        if self._blocks.owns(sequence.id):
+        if not self._blocks.owns(sequence.id):
+            return
+        if not (sequence.is_context_only and self._transceiver.end(sequence.id)):
             self._blocks.free(sequence.id)
 
     def offer(self, sequence: Sequence) -> bytes:
@@ -124,10 +126,8 @@ class Engine:
 
     def proceed(self, request_id: int, params: ContextPhaseParams) -> None:
         """The context phase of a sequence that came early is over."""
-        if request_id in self._leaving:
-            return  # its pull lets the context go
         sequence = self._scheduler.get(request_id)
-        if sequence is None:
+        if sequence is None or request_id in self._leaving:
             self.refuse(params)
             return
         sequence.context_params = params
@@ -314,7 +314,7 @@ class Engine:
                 continue
             if self._reuse is not None:
                 self._reuse.computed(sequence, before)
-            if chunk.samples and chunk.start < sequence.num_prompt_tokens and not sequence.timing.context:
+            if chunk.samples and not sequence.num_output_tokens:
                 sequence.timing.context = now - sequence.started_at
             if self._runner.num_stages > 1:
                 self._announce(sequence, chunk.end)

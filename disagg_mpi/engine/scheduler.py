@@ -126,6 +126,8 @@ class Scheduler:
             if len(self._active) >= self._max_batch_size:
                 break
             if budget <= 0 and not sequence.takes_over:
+                if sequence.timing.num_preempted:
+                    break  # nobody takes the blocks that it waits for
                 continue
             count = self.blocks_for(sequence)
             if not self._blocks.can_allocate(count):
@@ -202,4 +204,8 @@ class Scheduler:
         self._blocks.free(sequence.id)
         del self._active[sequence.id]
         sequence.preempt()
-        self._waiting.appendleft(sequence)
+        # In order of arrival among those that were preempted, and before all others.
+        order = {request_id: at for at, request_id in enumerate(self._by_id)}
+        place = sum(1 for other in self._waiting
+                    if other.timing.num_preempted and order[other.id] < order[sequence.id])
+        self._waiting.insert(place, sequence)

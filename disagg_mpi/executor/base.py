@@ -125,6 +125,9 @@ class Executor(ABC):
     def shutdown(self, timeout: float = 30.0) -> None:
         """Wait until no context is left to be pulled, ``timeout`` seconds at most."""
 
+    def start(self) -> None:  # noqa: B027 - most have nothing to start
+        """Every rank of the job is ready."""
+
     def close(self) -> None:  # noqa: B027 - most have nothing to give back
         """Give threads and the like back; nothing of the executor may be used afterwards."""
 

@@ -85,6 +85,10 @@ class BuiltinExecutor(Executor):
             else:
                 self._waiter.idle(transferring=self.is_moving, at_most=0.001)
 
+    def start(self) -> None:
+        if self._progress is not None:
+            self._progress.start()
+
     def close(self) -> None:
         if self._progress is not None:
             self._progress.stop()

@@ -43,6 +43,11 @@ class FollowerService:
         self._progress = progress
         self.stopping = False
 
+    def start(self) -> None:
+        """Every rank of the job is ready."""
+        if self._progress is not None:
+            self._progress.start()
+
     def run(self) -> None:
         while not self.stopping:
             if self.turn():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.executor.base import Executor, IterationStats
-from disagg_mpi.executor.validate import blocks_needed, problem_with
+from disagg_mpi.executor.validate import blocks_reserved, problem_with
 from disagg_mpi.request import (
     ContextPhaseParams,
     ExecutorLimits,
@@ -97,6 +97,6 @@ class NullExecutor(Executor):
         done = len(request.context_phase_params.first_gen_tokens) \
             if request.context_phase_params else 0
         max_tokens = request.sampling.max_tokens
-        num_blocks = blocks_needed(self.limits, len(request.prompt_token_ids), max_tokens)
+        num_blocks = blocks_reserved(self.limits, len(request.prompt_token_ids), max_tokens)
         self._active[request.request_id] = _Active(request, max_tokens - done, num_blocks)
         self._free -= num_blocks

@@ -72,7 +72,7 @@ def summary(result: Result) -> str:
         rows.append(("each next token", _seconds(timing.tpot),
                      f"{output} tokens, {1 / timing.tpot:.1f} tokens/s (TPOT)"))
     if timing.num_preempted:
-        rows.append(("preempted", f"{timing.num_preempted} x", 
+        rows.append(("preempted", f"{timing.num_preempted} x",
                      "its blocks went to older requests; computed again"))
     rows.append(("total", _seconds(timing.total), f"finished: {result.finish_reason}"))
     return "\n".join(f"  {name:<16}{value:>10}   {note}".rstrip() for name, value, note in rows)

@@ -1,7 +1,8 @@
 """Builds one rank's part of an instance: memory, model, and at the leader engine and API.
 
 Every rank calls :func:`make_memory` (shared memory is made collectively); ranks of an instance then call
-:func:`make_worker`, which imports torch, with the thread settings in place by then.
+:func:`load_stage`, which imports torch, with the thread settings in place by then, and when all of them have
+their model :func:`make_worker`: a rank that cannot load leaves no other in a collective.
 """
 
 from __future__ import annotations
@@ -98,18 +99,18 @@ def make_worker(
     memory: RankMemory | None,
     path: Path | None,
     spec: ModelSpec | None,
+    stage: StageRunner | None,
 ) -> Executor | FollowerService:
     """This rank's part of its instance: the executor at the leader, else a follower. Collective over it."""
     is_leader = world.rank == group.leader
-    if spec is None or memory is None or path is None:
+    if spec is None or memory is None or path is None or stage is None:
         from disagg_mpi.executor.null import NullExecutor
 
         if is_leader:
             return NullExecutor(null_limits(config, group), Waiter(world.doorbell))
         assert world.link is not None
         return FollowerService(None, world.control, Waiter(world.doorbell), world.link, None)
-    environment.apply(num_threads=config.threads or world.threads)
-    stage = _make_stage(world, config, group, memory, path)
+    stage.warm_up()
     transceiver = _make_transceiver(world, config, group, memory)
     progress = None
     if world.has_threads:
@@ -137,9 +138,11 @@ def null_limits(config: JobConfig, group: Group) -> ExecutorLimits:
         max_model_len=config.kv_tokens, vocab_size=32000, reserved_output=config.reserved_output)
 
 
-def _make_stage(
+def load_stage(
     world: World, config: JobConfig, group: Group, memory: RankMemory, path: Path
 ) -> StageRunner:
+    """This rank's slice of the model, over its part of the pool. Raises :class:`ModelError`."""
+    environment.apply(num_threads=config.threads or world.threads)
     import torch
 
     from disagg_mpi.engine.attention import KvPool
@@ -152,11 +155,7 @@ def _make_stage(
     shard = ModelShard(group.shape.tp, group.tp_rank(world.rank), group.shape.pp, group.pp_rank(world.rank))
     model = StageModel(path, dtype=config.dtype, shard=shard, collectives=world.link)
     view = memory.directory.views[world.rank]
-    stage = StageRunner(model, KvPool(memory.memory, view), world.link)
-    if world.link is not None:
-        world.link.barrier()  # the warm-up's sums would spin while other ranks still load
-    stage.warm_up()
-    return stage
+    return StageRunner(model, KvPool(memory.memory, view), world.link)
 
 
 def _make_transceiver(

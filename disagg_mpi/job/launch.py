@@ -32,6 +32,7 @@ from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.instance import (
     RankMemory,
     check_host_memory,
+    load_stage,
     load_tokenizer,
     make_memory,
     make_worker,
@@ -255,10 +256,14 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
              f"{spec.parameter_bytes / 2**20:.0f} MiB of weights")
     tell(f"starting {topology.sum_text()} ranks …")
     group = topology.group_of(world.rank)
+    stage = together(comm, lambda: None if group is None or memory is None or path is None else load_stage(
+        world, config, group, memory, path))
     worker = together(comm, lambda: None if group is None else make_worker(
-        world, config, group, memory, path, spec))
+        world, config, group, memory, path, spec, stage))
     world.warm_up()
     unlink_shared_segments()
+    if worker is not None:
+        worker.start()
     tell(f"ready after {time.monotonic() - start:.1f} s")
     return _Job(config, world, spec, path, memory, worker)
 

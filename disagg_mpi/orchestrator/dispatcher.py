@@ -2,7 +2,7 @@
 
 Events go in (submit, cancel, a leader's step, the clock), messages come out, gathered so that a leader
 gets one of each kind a turn however many requests move. Admission is first come, first served: the head
-of the queue waits until a generation instance can hold its prompt and the output that it reserves; only then
+of the queue waits until a generation instance and a context instance can hold it; only then
 does its context start. The generation instance tells when a request takes more blocks or, preempted, has
 none.
 
@@ -206,9 +206,12 @@ class Dispatcher:
             assert generation is not None  # there is room
             context = generation
         else:
-            size = self._context[0].limits.tokens_per_block
-            context, held = pick_context(
-                self._context, length, self._hashes(entry, self._context[0]), size)
+            able = [view for view in self._context
+                    if view.free_blocks >= _context_blocks(view, request)]
+            if not able:
+                return False
+            size = able[0].limits.tokens_per_block
+            context, held = pick_context(able, length, self._hashes(entry, able[0]), size)
             generation = pick_generation(self._generation, count, hashes, context.pool or None)
             assert generation is not None  # there is room
             there = length - hit_tokens(generation, length, hashes, limits.tokens_per_block)
@@ -219,6 +222,11 @@ class Dispatcher:
         generation.num_requests += 1
         if context is not generation:
             context.num_requests += 1
+            # Whatever is admitted can be computed: else contexts that wait for blocks of contexts that
+            # wait for generation could wait for each other.
+            held_blocks = _context_blocks(context, request)
+            context.free_blocks -= held_blocks
+            entry.context_holding = context, held_blocks
         context_hashes = self._hashes(entry, context)
         entry.context_tokens = length - hit_tokens(
             context, length, context_hashes, context.limits.tokens_per_block)
@@ -262,6 +270,7 @@ class Dispatcher:
                 self._context_done(entry)
             if instance is entry.generation and entry.state is not State.GENERATION:
                 entry.state = State.GENERATION
+                self._context_released(entry)
         if response.timing is not None:
             self._take_timing(entry, instance, response.timing)
         if not response.is_final:
@@ -325,7 +334,15 @@ class Dispatcher:
             context.num_requests -= 1
         entry.context = None
 
+    def _context_released(self, entry: Entry) -> None:
+        """Generation has taken over, or nobody will."""
+        if entry.context_holding is not None:
+            context, count = entry.context_holding
+            context.free_blocks += count
+            entry.context_holding = None
+
     def _end(self, entry: Entry, response: Response) -> None:
+        self._context_released(entry)
         if entry.context is not None:
             self._context_done(entry)
         if entry.generation is not None:
@@ -352,3 +369,9 @@ class Dispatcher:
             self.cancel(request_id, "deadline")
         return None
 
+
+def _context_blocks(context: InstanceView, request: ExecutorRequest) -> int:
+    """Blocks that a context instance may hold for a request: its prompt, and the output's room where that
+    goes along. One that is too large for it is refused by the instance itself."""
+    count = blocks_reserved(context.limits, len(request.prompt_token_ids), request.sampling.max_tokens)
+    return min(count, context.limits.num_blocks)

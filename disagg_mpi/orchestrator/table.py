@@ -65,9 +65,9 @@ class Entry:
     """One continuation of one request."""
 
     __slots__ = (
-        "cancel_reason", "context", "context_tokens", "deadline", "first_token_at", "generation", "hashes",
-        "holders", "is_early", "last_token_at", "num_blocks", "num_tokens", "request", "second_token_at",
-        "sink", "state", "submitted_at", "timing", "verdict",
+        "cancel_reason", "context", "context_holding", "context_tokens", "deadline", "first_token_at",
+        "generation", "hashes", "holders", "is_early", "last_token_at", "num_blocks", "num_tokens", "request",
+        "second_token_at", "sink", "state", "submitted_at", "timing", "verdict",
     )
 
     def __init__(self, request: ExecutorRequest, sink: Sink, deadline: float | None) -> None:
@@ -83,6 +83,8 @@ class Entry:
         """Held at ``generation``, or promised there."""
         self.context_tokens = 0
         """Promised of ``context``: prompt tokens that it likely has to compute."""
+        self.context_holding: tuple[InstanceView, int] | None = None
+        """Where its prompt's blocks are promised until generation has taken over, and how many."""
         self.hashes: dict[int, list[int]] = {}
         """Block size → the hashes of the prompt's full blocks."""
         self.holders: list[InstanceView] = []

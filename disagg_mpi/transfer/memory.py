@@ -38,6 +38,8 @@ class SharedMemory:
         # All bytes belong to the host's first rank; the others map them.
         own = num_bytes if host_comm.rank == 0 else 0
         self._window = MPI.Win.Allocate_shared(own, 1, comm=host_comm)
+        # Loads and stores need no epoch, but MPICH refuses Win.Sync outside of one.
+        self._window.Lock_all(MPI.MODE_NOCHECK)
         buffer, _ = self._window.Shared_query(0)
         whole: Pool = np.frombuffer(buffer, dtype=np.uint8)  # type: ignore[call-overload]
         self.memory = whole[:num_bytes]
@@ -47,6 +49,7 @@ class SharedMemory:
         self._window.Sync()
 
     def close(self) -> None:
+        self._window.Unlock_all()
         self._window.Free()
 
 

@@ -7,7 +7,7 @@ hidden states leave while the next step is computed. torch releases the GIL in i
 MPI_THREAD_MULTIPLE, and sleeps on a bell of its own; where all hand-overs exchange blocks in one pool there
 is nothing to move and no thread.
 
-Started by the job when the engine is built, stopped by it before the communicators are freed. An
+Started by the job when every rank is ready, stopped by it before the communicators are freed. An
 exception in it ends the job, as one in any rank does.
 """
 
@@ -33,18 +33,22 @@ class ProgressThread:
         self._wake = wake
         self._link = link
         self._stopping = False
-        transceiver.has_thread = True
-        transceiver.wake_thread = doorbell.ring_self
-        if link is not None:
-            link.wake_thread = doorbell.ring_self
         self._thread = threading.Thread(target=self._run, name="disagg_mpi-handover", daemon=True)
+
+    def start(self) -> None:
+        """From now on the thread does what the engine's would."""
+        self._transceiver.has_thread = True
+        self._transceiver.wake_thread = self._doorbell.ring_self
+        if self._link is not None:
+            self._link.wake_thread = self._doorbell.ring_self
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; hand-overs no longer move."""
         self._stopping = True
         self._doorbell.ring_self()
-        self._thread.join(timeout=5.0)
+        if self._thread.is_alive():
+            self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
         waiter = Waiter(self._doorbell)

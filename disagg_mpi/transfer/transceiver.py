@@ -204,6 +204,8 @@ class Transceiver:
             if watched is not None:
                 self._computed(request_id, watched, block_ids, num_tokens, end_token,
                                self._num_layers if end_layer is None else end_layer)
+        if self._channel.num_pending:
+            self.wake_thread()  # a long message moves only while MPI is called
 
     def has_offer(self, request_id: int) -> bool:
         return request_id in self._offers or request_id in self._ending
@@ -331,7 +333,7 @@ class Transceiver:
     @property
     def is_moving(self) -> bool:
         """Whether bytes of this rank are on their way, so that :meth:`advance` is due often."""
-        return self._mover.is_moving
+        return self._mover.is_moving or self._channel.num_pending > 0
 
     @property
     def is_urgent(self) -> bool:

@@ -49,6 +49,7 @@ from disagg_mpi.request import (
 )
 from disagg_mpi.topology import Group, Role, build_topology
 from disagg_mpi.transfer.directory import CacheDirectory
+from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.memory import private_memory
 from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.transceiver import Transceiver
@@ -110,6 +111,23 @@ class LetterTokenizer:
         return self.encode("".join(str(message["content"]) for message in messages))
 
 
+class StagedRunner(Runner):
+    """As with ``num_stages`` pipeline stages: so many steps in flight, each over only when asked twice."""
+
+    def __init__(self, stage: StageRunner, layout: KvLayout, num_stages: int) -> None:
+        super().__init__(stage, layout=layout)
+        self._num_stages = num_stages
+        self._is_asked_again = False
+
+    @property
+    def num_stages(self) -> int:
+        return self._num_stages
+
+    def poll(self) -> Any:
+        self._is_asked_again = not self._is_asked_again
+        return None if self._is_asked_again and self._num_stages > 1 else super().poll()
+
+
 class Instance:
     """One instance, on one rank, with its parts at hand."""
 
@@ -144,10 +162,11 @@ class Job:
         num_blocks: int = 32,
         eos: Sequence[int] = (),
         make_decoder: Callable[[], Any] | None = WordDecoder,
-        reserves_output_in_context: bool = True,
+        num_stages: int = 1,
         **options: Any,
     ) -> None:
-        """``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens."""
+        """``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens.
+        ``num_stages``: pretend that every instance has so many pipeline stages."""
         options = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 16, **options}
         counts = {role.value: roles.count(role) for role in Role if role in roles}
         self.config = JobConfig(
@@ -164,7 +183,7 @@ class Job:
                           for host, size in self.arrangement.window_bytes.items()}
         self._memories |= {f"rank {rank}": private_memory(size)
                            for rank, size in self.arrangement.private_bytes.items()}
-        self._reserves_output = reserves_output_in_context
+        self._num_stages = num_stages
         self.network = MemoryNetwork()  # the hand-over's
         self.wire = MemoryWire()
         self.bell = Doorbell(uuid.uuid4().hex, 0, [0], True)
@@ -183,7 +202,8 @@ class Job:
                       MemoryTransport(rank, self.wire, memory, view),
                       CopyTransport(memory, view) if config.transport != "mpi" else None)
         transceiver = Transceiver(rank, group.instance_id, channel, self.directory, mover)
-        runner = Runner(StageRunner(load_stage(path), KvPool(memory, view), None), layout=view.layout)
+        runner = StagedRunner(StageRunner(load_stage(path), KvPool(memory, view), None), view.layout,
+                              self._num_stages)
         tags = self._tags(group.instance_id) if config.prefix_cache else None
         blocks = BlockManager(self.arrangement.block_ids[group.instance_id], tags)
         reuse = None
@@ -194,11 +214,12 @@ class Job:
         scheduler = Scheduler(
             blocks, tokens_per_block=block_size, max_batch_size=config.max_batch_size,
             max_num_tokens=config.max_num_tokens, reserved_output=config.reserved_output,
-            reserve_output_in_context=self._reserves_output and group.role.does_context and any(
+            reserve_output_in_context=group.role.does_context and any(
                 self.directory.is_exchange(group.instance_id, taker.instance_id) for taker in takers),
-            place=None if reuse is None else reuse.place)
+            num_stages=self._num_stages, place=None if reuse is None else reuse.place)
         engine = Engine(runner=runner, sampler=Sampler(eos), scheduler=scheduler, blocks=blocks,
-                        transceiver=transceiver, eos_token_ids=eos, reuse=reuse, announces_layers=True)
+                        transceiver=transceiver, eos_token_ids=eos, reuse=reuse,
+                        announces_layers=self._num_stages == 1)
         limits = ExecutorLimits(
             num_blocks=blocks.num_blocks, tokens_per_block=block_size,
             max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,

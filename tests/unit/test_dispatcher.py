@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from inprocess import Sink, executor_request
 
-from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Step
+from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Proceed, Step
 from disagg_mpi.executor.validate import blocks_needed
-from disagg_mpi.orchestrator.dispatcher import Dispatcher
+from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
 from disagg_mpi.request import ContextPhaseParams, ExecutorLimits, PhaseTiming, RequestType, Response
 from disagg_mpi.topology import Role
@@ -23,15 +23,22 @@ LIMITS = ExecutorLimits(num_blocks=10, tokens_per_block=4, max_batch_size=3, max
 
 
 class Rank0:
-    """A dispatcher with what it sends; contexts are instances 0, …, generations follow."""
+    """A dispatcher with what it sends; contexts are instances 0, …, generations follow.
 
-    def __init__(self, context: int = 1, generation: int = 1, aggregated: int = 0) -> None:
+    ``way``: how KV-cache comes from every context instance to every generation instance.
+    """
+
+    def __init__(self, context: int = 1, generation: int = 1, aggregated: int = 0, *,
+                 way: str = "shared", **policy: Any) -> None:
         roles = ([Role.CONTEXT] * context + [Role.GENERATION] * generation if not aggregated
                  else [Role.AGGREGATED] * aggregated)
-        self.views = [InstanceView(i, role, f"{role} {i}", 10 + i, LIMITS)
+        ways = dict.fromkeys(range(context), way)
+        self.views = [InstanceView(i, role, f"{role} {i}", 10 + i, LIMITS,
+                                   ways if role is Role.GENERATION else None)
                       for i, role in enumerate(roles)]
         self.sent: list[tuple[int, Any]] = []
-        self.dispatcher = Dispatcher(self.views, lambda rank, m: self.sent.append((rank, m)))
+        self.dispatcher = Dispatcher(self.views, lambda rank, m: self.sent.append((rank, m)),
+                                     Policy(**policy))
         self.entries: dict[int, Entry] = {}
 
     def submit(self, request_id: int, prompt: int = 4, max_tokens: int = 5,
@@ -304,13 +311,148 @@ def test_the_ledger_names_what_is_still_promised() -> None:
     assert "4 context tokens are still promised" in problems
 
 
+# ---- blocks come and go ----
+
+
+def test_output_is_reserved_up_to_a_limit_and_what_a_request_takes_is_told() -> None:
+    rank0 = Rank0()
+    sink = rank0.submit(1, 4, 29)
+    waiting = rank0.submit(2, 24, 9)
+    rank0.turn()
+    assert rank0.views[1].free_blocks == 7, "4 prompt tokens and 8 of 29"
+    rank0.step(0, context_done(1))
+    sized = token(1)
+    sized.num_blocks = 7
+    assert rank0.step(1, sized) == []
+    assert rank0.views[1].free_blocks == 3
+    assert rank0.step(1, Response(request_id=1, num_blocks=0)) != [], "preempted: the other one comes in"
+    assert [r.token_ids for r in sink.responses] == [[1], [2]], "sizes are not the caller's affair"
+    assert rank0.views[1].free_blocks == 2
+    rank0.step(1, Response(request_id=1, num_blocks=8))
+    assert rank0.views[1].free_blocks == -6, "it has taken what the other was promised, who waits there"
+    rank0.step(1, last(1))
+    assert sink.end is State.DONE and not waiting.ends
+    assert rank0.views[1].free_blocks == 2
+    rank0.dispatcher.cancel(2)
+    rank0.step(0, given_up(2))
+    rank0.assert_over()
+
+
+def test_what_a_context_holds_is_not_the_generations() -> None:
+    rank0 = Rank0()
+    rank0.submit(1)
+    rank0.turn()
+    rank0.step(0, Response(request_id=1, num_blocks=5))
+    assert rank0.views[1].free_blocks == 8
+
+
+# ---- both at once ----
+
+
+def early(**more: Any) -> tuple[Rank0, Sink]:
+    rank0 = Rank0(way="mpi", overlap_tokens=4, **more)
+    sink = rank0.submit(1)
+    rank0.turn()
+    return rank0, sink
+
+
+def test_an_early_request_goes_to_both_at_once() -> None:
+    rank0 = Rank0(way="mpi", overlap_tokens=4)
+    sink = rank0.submit(1)
+    (to_context, to_generation) = rank0.turn()
+    assert [rank for rank, _ in (to_context, to_generation)] == [10, 11]
+    (at_context,), (at_generation,) = to_context[1].requests, to_generation[1].requests
+    assert (at_context.type, at_context.early_source) == (RequestType.CONTEXT_ONLY, None)
+    assert (at_generation.type, at_generation.early_source) == (RequestType.GENERATION_ONLY, 0)
+    assert at_generation.context_phase_params is None
+    done = context_done(1)
+    assert rank0.step(0, done) == [(11, Proceed(1, done.context_phase_params))]
+    assert rank0.entries[1].state is State.HANDOVER
+    rank0.step(1, token(1))
+    rank0.step(1, last(1))
+    assert sink.end is State.DONE and sink.token_ids == [1, 2, 3]
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize(("way", "overlap_tokens", "max_tokens"), [
+    ("mpi", 5, 5), ("mpi", 4, 1), ("shared", 4, 5), ("copy", 4, 5)])
+def test_only_what_gains_from_it_is_early(way: str, overlap_tokens: int, max_tokens: int) -> None:
+    rank0 = Rank0(way=way, overlap_tokens=overlap_tokens)
+    rank0.submit(1, 4, max_tokens)
+    assert [rank for rank, _ in rank0.turn()] == [10]
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_cancelled_early_request_ends_when_both_have_said_so(first: int) -> None:
+    rank0, sink = early()
+    rank0.dispatcher.cancel(1, "deadline")
+    assert rank0.turn() == [(10, Cancel([1], "deadline")), (11, Cancel([1], "deadline"))]
+    assert rank0.step(first, given_up(1, "deadline")) == []
+    assert not sink.ends
+    rank0.step(1 - first, given_up(1, "deadline"))
+    assert sink.end is State.CANCELLED
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_cancel_that_crosses_an_early_contexts_end_drops_the_offer(first: int) -> None:
+    rank0, sink = early()
+    rank0.dispatcher.cancel(1)
+    rank0.turn()
+    steps = [lambda: rank0.step(0, context_done(1)), lambda: rank0.step(1, given_up(1))]
+    sent = steps[first]() + steps[1 - first]()
+    assert sent == [(10, DropOffer([1]))]
+    assert sink.end is State.CANCELLED
+    rank0.assert_over()
+
+
+def test_a_context_that_ends_with_its_first_token_ends_an_early_request() -> None:
+    rank0, sink = early()
+    assert rank0.step(0, last(1, "stop")) == [(11, Cancel([1], "cancelled"))]
+    assert not sink.ends, "generation may still hold blocks for it"
+    assert rank0.views[1].free_blocks == 8
+    rank0.step(1, given_up(1))
+    assert sink.end is State.DONE and sink.responses[-1].finish_reason == "stop"
+    assert sink.token_ids == [3]
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize("crossing", [False, True])
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_of_one_ends_an_early_request_at_both(failing: int, crossing: bool) -> None:
+    rank0, sink = early()
+    broken = Response(request_id=1, is_final=True, finish_reason="error", error="broken")
+    assert rank0.step(failing, broken) == [(11 - failing, Cancel([1], "cancelled"))]
+    rank0.dispatcher.cancel(1)
+    rank0.turn()
+    assert not sink.ends
+    if failing == 1 and crossing:
+        assert rank0.step(0, context_done(1)) == [(10, DropOffer([1]))]
+    else:
+        assert rank0.step(1 - failing, given_up(1)) == []
+    assert sink.end is State.FAILED and sink.responses[-1].error == "broken"
+    rank0.assert_over()
+
+
+def test_an_early_generation_that_failed_as_the_context_ended() -> None:
+    """The proceed finds nobody; the instance itself refuses it."""
+    rank0, sink = early()
+    done = context_done(1)
+    assert rank0.step(0, done) == [(11, Proceed(1, done.context_phase_params))]
+    rank0.step(1, Response(request_id=1, is_final=True, finish_reason="error", error="broken"))
+    assert sink.end is State.FAILED
+    rank0.assert_over()
+
+
 class Interleavings(RuleBasedStateMachine):
     """Submissions, cancels and deadlines against instances that play by the rules, in any order."""
 
-    @initialize(shape=st.sampled_from([(1, 1, 0), (2, 2, 0), (1, 3, 0), (0, 0, 2)]))
-    def start(self, shape: tuple[int, int, int]) -> None:
-        self.rank0 = Rank0(*shape)
-        self.aggregated = bool(shape[2])
+    @initialize(shape=st.sampled_from([(1, 1, 0), (2, 2, 0), (1, 3, 0), (0, 0, 2)]),
+                way=st.sampled_from(["shared", "mpi"]), local=st.sampled_from([0, 3, "auto"]))
+    def start(self, shape: tuple[int, int, int], way: str, local: Any) -> None:
+        self.rank0 = Rank0(*shape, way=way, overlap_tokens=5, local_context=local)
+        # Early at a generation instance: it waits for the context's end.
+        self.early: dict[int, set[int]] = {view.id: set() for view in self.rank0.views}
         self.sinks: dict[int, Sink] = {}
         # What each instance holds: request id → tokens left; and contexts' offers.
         self.at: dict[int, dict[int, int]] = {view.id: {} for view in self.rank0.views}
@@ -340,7 +482,9 @@ class Interleavings(RuleBasedStateMachine):
         instance = leader - 10
         if isinstance(message, Enqueue):
             for request in message.requests:
-                if request.type is RequestType.GENERATION_ONLY:
+                if request.early_source is not None:
+                    self.early[instance].add(request.request_id)
+                elif request.type is RequestType.GENERATION_ONLY:
                     self.offers[self.context_of[request.request_id]].remove(request.request_id)
                     self.at[instance][request.request_id] = request.sampling.max_tokens - 1
                 else:
@@ -348,8 +492,15 @@ class Interleavings(RuleBasedStateMachine):
                     self.at[instance][request.request_id] = request.sampling.max_tokens
         elif isinstance(message, Cancel):
             for request_id in message.request_ids:
-                if self.at[instance].pop(request_id, None) is not None:
+                if self.at[instance].pop(request_id, None) is not None or request_id in self.early[instance]:
+                    self.early[instance].discard(request_id)
                     self.report(instance, given_up(request_id, message.reason))
+        elif isinstance(message, Proceed):
+            self.offers[self.context_of[message.request_id]].remove(message.request_id)
+            if message.request_id in self.early[instance]:
+                self.early[instance].remove(message.request_id)
+                left = self.rank0.entries[message.request_id].request.sampling.max_tokens - 1
+                self.at[instance][message.request_id] = left
         else:
             assert isinstance(message, DropOffer)
             for request_id in message.request_ids:
@@ -363,6 +514,25 @@ class Interleavings(RuleBasedStateMachine):
         instance = data.draw(st.sampled_from(busy))
         request_id = data.draw(st.sampled_from(sorted(self.at[instance])))
         self.work_on(instance, request_id, fails == 0)
+
+    @rule(data=st.data())
+    def fail_early(self, data: st.DataObject) -> None:
+        found = [(i, request_id) for i, held in self.early.items() for request_id in sorted(held)]
+        if not found:
+            return
+        instance, request_id = data.draw(st.sampled_from(found))
+        self.early[instance].remove(request_id)
+        self.report(instance, Response(request_id=request_id, is_final=True, error="broken",
+                                       finish_reason="error"))
+
+    @rule(data=st.data(), count=st.integers(0, 10))
+    def resize(self, data: st.DataObject, count: int) -> None:
+        """A request takes blocks, or is preempted."""
+        found = [(i, request_id) for i, held in self.at.items() for request_id in sorted(held)
+                 if self.rank0.views[i].role.does_generation]
+        if found:
+            instance, request_id = data.draw(st.sampled_from(found))
+            self.report(instance, Response(request_id=request_id, num_blocks=count))
 
     def work_on(self, instance: int, request_id: int, fails: bool) -> None:
         held = self.at[instance]
@@ -388,7 +558,7 @@ class Interleavings(RuleBasedStateMachine):
     @invariant()
     def nothing_is_promised_twice(self) -> None:
         for view in self.rank0.views:
-            assert 0 <= view.free_blocks <= LIMITS.num_blocks
+            assert view.free_blocks <= LIMITS.num_blocks
             assert view.num_requests >= 0 and view.pending_context_tokens >= 0
             if view.role.does_generation:
                 assert view.num_requests <= LIMITS.max_batch_size

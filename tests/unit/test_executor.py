@@ -71,10 +71,12 @@ def test_handed_over_equals_aggregated_to_the_bit(jobs: Any, shared: bool, max_n
 
 @WAYS
 @pytest.mark.parametrize("max_num_tokens", [8, 13, 64])
-def test_all_at_once_give_the_tokens_of_each_alone(jobs: Any, shared: bool, max_num_tokens: int) -> None:
+@pytest.mark.parametrize("num_stages", [1, 3])
+def test_all_at_once_give_the_tokens_of_each_alone(
+        jobs: Any, shared: bool, max_num_tokens: int, num_stages: int) -> None:
     whole = jobs(Role.AGGREGATED, max_num_tokens=64)
     alone = {r.request_id: tokens_of(whole.run([r])[r.request_id]) for r in MIXED}
-    job = jobs(shared=shared, max_num_tokens=max_num_tokens)
+    job = jobs(shared=shared, max_num_tokens=max_num_tokens, num_stages=num_stages)
     for _ in range(3):  # later rounds have scattered blocks
         found = job.run(MIXED)
         assert {i: tokens_of(responses) for i, responses in found.items()} == alone
@@ -99,6 +101,26 @@ def test_the_timing_says_how_the_cache_passed(jobs: Any, shared: bool) -> None:
     assert final.timing.transport == ("shared" if shared else "mpi")
     assert final.timing.kv_bytes == len(PROMPT) * 2 * 2 * 2 * 8 * 4
     assert final.timing.handover_bytes == (0 if shared else final.timing.kv_bytes)
+
+
+def test_with_other_block_sizes_on_one_host_bytes_are_copied_within_it(jobs: Any) -> None:
+    whole = jobs(Role.AGGREGATED)
+    for size in (1, 2, 8, 16):
+        job = jobs(generation_tokens_per_block=size)
+        found = job.run(MIXED)
+        for request in MIXED:
+            responses = found[request.request_id]
+            assert tokens_of(responses) == tokens_of(whole.run([request])[request.request_id])
+            timing = assert_ended_once(responses).timing
+            assert timing is not None and timing.transport == "copy"
+            assert timing.handover_bytes == timing.kv_bytes > 0
+        assert job.problems() == []
+
+
+@WAYS
+def test_of_blocks_nothing_is_said_that_rank_0_knows(jobs: Any, shared: bool) -> None:
+    job = jobs(shared=shared)
+    assert all(r.num_blocks is None for said in job.run(MIXED).values() for r in said)
 
 
 @WAYS
@@ -408,9 +430,9 @@ def test_the_books_name_what_is_still_open(jobs: Any) -> None:
           suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_whatever_happens_every_request_ends_once(tiny_llama: Path, data: st.DataObject) -> None:
     """Random arrivals, cancels, drops and stalls of the wire on two context and two generation instances."""
-    shared = data.draw(st.booleans(), label="shared")
     job = Job(tiny_llama, (Role.CONTEXT, Role.CONTEXT, Role.GENERATION, Role.GENERATION),
-              shared=shared, num_blocks=12, max_batch_size=3, max_num_tokens=8)
+              shared=data.draw(st.booleans(), label="shared"), num_blocks=12, max_batch_size=3,
+              max_num_tokens=8, num_stages=data.draw(st.integers(1, 3), label="stages"))
     said: dict[int, list[Response]] = {}
     requests: dict[int, ExecutorRequest] = {}
     place: dict[int, int] = {}

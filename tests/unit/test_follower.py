@@ -42,9 +42,10 @@ class Recorder:
 class Follower:
     def __init__(self, bell: Doorbell, *, with_stage: bool = True) -> None:
         self.network = MemoryNetwork()
-        self.parts: Any = Recorder()
-        self.service = FollowerService(self.parts if with_stage else None, self.network.channel(FOLLOWER),
-                                       Waiter(bell), self.parts, self.parts)
+        parts: Any = Recorder()
+        self.parts = parts
+        self.service = FollowerService(parts if with_stage else None, self.network.channel(FOLLOWER),
+                                       Waiter(bell), parts, parts)
         self.leader = self.network.channel(LEADER)
 
 

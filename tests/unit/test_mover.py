@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import msgspec
 import pytest
 from handover import Ranks, model_spec
 
 from disagg_mpi.comm.messages import PullPart, PullRequest
 from disagg_mpi.errors import RequestError
-from disagg_mpi.transfer import mover as mover_module
 
 WHOLE = PullPart(piece=5, source_instance=0, source_block_ids=[3, 1], block_ids=[0, 2], first_token=0,
                  end_token=8, first_layer=0, end_layer=4)
@@ -70,7 +72,7 @@ def test_pieces_end_in_any_order() -> None:
 @pytest.mark.parametrize(("options", "num_requests"), [
     ({"transport": "mpi"}, 2), ({"hosts": [0, 0, 2, 0]}, 1), ({"generation_tokens_per_block": 2}, 0)],
     ids=["none-here", "one-here", "both-here"])
-def test_only_ranks_of_other_hosts_are_asked(options: dict[str, object], num_requests: int) -> None:
+def test_only_ranks_of_other_hosts_are_asked(options: dict[str, Any], num_requests: int) -> None:
     ranks = Ranks("tp2", "1", **options)
     content = ranks.content(0, 8)
     ranks.write(0, WHOLE.source_block_ids, content)
@@ -142,7 +144,7 @@ def test_a_box_that_is_not_here_is_refused() -> None:
 
 def test_bytes_are_urgent_for_as_long_as_they_should_take(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
-    monkeypatch.setattr(mover_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     ranks = Ranks("1", "1", transport="mpi")
     mover = ranks.movers[2]
     assert not mover.is_urgent

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from inprocess import Job, LedJob, Sink, Undisturbed, executor_request, replace, save_tiny_model, tokens_of
+from inprocess import (
+    Job,
+    LedJob,
+    Sink,
+    Undisturbed,
+    executor_request,
+    replace,
+    save_tiny_model,
+    text_of,
+    tokens_of,
+    word,
+)
 
 from disagg_mpi.comm.messages import (
     Announce,
@@ -135,13 +146,14 @@ ORDERS = {"together": (CONTEXT, GENERATION), "generation first": (GENERATION, CO
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("hold", [False, True], ids=["", "bytes on their way"])
+@pytest.mark.parametrize("num_stages", [1, 2])
 def test_a_cancel_may_come_at_any_moment(
-        jobs: Any, undisturbed: Undisturbed, order: str, hold: bool) -> None:
+        jobs: Any, undisturbed: Undisturbed, order: str, hold: bool, num_stages: int) -> None:
     """After every number of turns: before the watch, between the pieces, at the context's end, and after.
 
     One instance alone has turns for a while where the other's messages are to come late.
     """
-    led = lead(jobs)
+    led = lead(jobs, num_stages=num_stages)
     for num_turns in range(16):
         led.job.wire.hold = hold
         sink = led.submit(REQUEST)
@@ -190,6 +202,18 @@ def test_a_generation_that_is_late_takes_all_in_one_piece(
 
 
 # ---- other ends ----
+
+
+def test_a_stop_text_may_begin_in_the_contexts_token(jobs: Any, undisturbed: Undisturbed) -> None:
+    text = "".join(map(word, undisturbed.tokens(REQUEST)))
+    stop = text[:3]
+    led = lead(jobs)
+    sink = led.submit(replace(REQUEST, sampling=replace(REQUEST.sampling, stop=(stop, text[0] + "never"))))
+    led.finish()
+    assert (sink.end, sink.responses[-1].finish_reason) == (State.DONE, "stop")
+    assert text_of(sink.responses) == ""
+    assert any(isinstance(message, Proceed) for _, message in led.sent)
+    assert led.problems() == []
 
 
 def test_a_context_that_ends_at_its_first_token_is_the_end(jobs: Any, undisturbed: Undisturbed) -> None:
@@ -284,6 +308,7 @@ def test_in_any_order_of_turns_everyone_ends_once(
         max_num_tokens=data.draw(st.sampled_from([6, 16]), label="budget"),
         reserved_output=data.draw(st.sampled_from([2, 64]), label="reserved"),
         prefix_cache=data.draw(st.booleans(), label="prefix_cache"),
+        num_stages=data.draw(st.integers(1, 3), label="stages"),
         eos=data.draw(st.sampled_from([(), (undisturbed.tokens(REQUEST)[0],)]), label="eos")))
     requests: list[ExecutorRequest] = []
     sinks: list[Sink] = []

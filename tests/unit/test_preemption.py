@@ -49,10 +49,10 @@ def make(jobs: Any, shape: str, **changes: Any) -> Job:
 
 
 @SHAPED
-@pytest.mark.parametrize("prefix_cache", [True, False])
+@pytest.mark.parametrize(("prefix_cache", "num_stages"), [(True, 1), (False, 1), (True, 2)])
 def test_all_come_to_their_end_with_their_own_tokens(
-        jobs: Any, undisturbed: Undisturbed, shape: str, prefix_cache: bool) -> None:
-    job = make(jobs, shape, prefix_cache=prefix_cache)
+        jobs: Any, undisturbed: Undisturbed, shape: str, prefix_cache: bool, num_stages: int) -> None:
+    job = make(jobs, shape, prefix_cache=prefix_cache, num_stages=num_stages)
     num_preempted = 0
     for _ in range(2):  # the second time with scattered blocks, and cached ones
         said = job.run(LONG)
@@ -194,7 +194,8 @@ def test_under_any_load_everyone_gets_the_same_tokens(
         tiny_llama, options.pop("roles"), num_blocks=data.draw(st.integers(8, 14), label="blocks"),
         reserved_output=data.draw(st.integers(1, 6), label="reserved"), max_batch_size=4,
         max_num_tokens=data.draw(st.integers(4, 20), label="budget"),
-        prefix_cache=data.draw(st.booleans(), label="prefix_cache"), **options))
+        prefix_cache=data.draw(st.booleans(), label="prefix_cache"),
+        num_stages=data.draw(st.integers(1, 3), label="stages"), **options))
     requests: list[ExecutorRequest] = []
     sinks = []
     for action in data.draw(st.lists(st.sampled_from(["new", "new", "turn", "turns", "cancel", "hold"]),

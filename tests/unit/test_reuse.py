@@ -231,7 +231,8 @@ def test_whatever_is_reused_the_tokens_are_the_same(
     led = LedJob(Job(
         tiny_llama, options.pop("roles"), num_blocks=data.draw(st.sampled_from([10, 16, 40]), label="blocks"),
         max_num_tokens=data.draw(st.sampled_from([6, 30]), label="budget"), max_batch_size=5,
-        reserved_output=data.draw(st.sampled_from([2, 64]), label="reserved"), **options))
+        reserved_output=data.draw(st.sampled_from([2, 64]), label="reserved"),
+        num_stages=data.draw(st.integers(1, 3), label="stages"), **options))
     requests: list[ExecutorRequest] = []
     sinks = []
     for action in data.draw(st.lists(st.sampled_from(["new", "new", "again", "turn", "turns", "cancel"]),

@@ -210,6 +210,19 @@ def test_what_is_in_flight_is_not_preempted_and_needs_no_room_yet() -> None:
     assert scheduler.grow() == ([old], [])
 
 
+@pytest.mark.parametrize("last", [
+    sequence(1, 4, 9, RequestType.CONTEXT_ONLY), sequence(1, 4, 1), sequence(1, 3, 2)])
+def test_what_is_in_flight_takes_no_block_that_it_may_never_need(last: Sequence) -> None:
+    scheduler, blocks = make(num_stages=2)
+    scheduler.add(last)
+    scheduler.admit()
+    for _ in range(last.num_prompt_tokens, 4):  # it generates up to the end of its block
+        last.token_ids.append(0)
+    last.num_scheduled, last.num_in_flight = 4, 1
+    assert scheduler.grow() == ([], [])
+    assert blocks.table(1) == [0]
+
+
 def test_stages_get_a_fair_share_of_those_who_generate() -> None:
     scheduler, _ = make(num_stages=2)
     sequences = [sequence(i, 2, 9) for i in range(1, 6)]

@@ -357,6 +357,23 @@ def test_an_expected_pull_is_abandoned(slow: Ranks, when: str) -> None:
     assert [e for e in events if isinstance(e, Released)] == [Released(7, None)]
 
 
+def test_an_abandoned_pull_asks_for_nothing_more(slow: Ranks) -> None:
+    blocks = table(slow, 0, 0, 12)
+    slow.generation.expect(70, 7, 0, table(slow, 1, 0, 12), 12)
+    slow.context.progress()
+    slow.context.computed(7, blocks, 12, 4)
+    slow.rounds()
+    asked = slow.network.counts[PullRequest]
+    slow.generation.abandon(70)
+    slow.context.computed(7, blocks, 12, 8)
+    slow.context.offer(7, blocks, 12)
+    slow.rounds()
+    assert slow.network.counts[Announce] == 3
+    assert slow.network.counts[PullRequest] == asked == 2
+    slow.wire.hold = False
+    assert are_over(slow.rounds())
+
+
 def test_a_context_given_up_while_it_is_read_keeps_its_blocks(slow: Ranks) -> None:
     slow.generation.expect(70, 7, 0, table(slow, 1, 0, 12), 12)
     slow.context.progress()
