@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -221,3 +222,25 @@ def test_under_any_load_everyone_gets_the_same_tokens(
             assert sink.token_ids == expected
     assert led.problems() == []
     led.job.close()
+
+
+@pytest.mark.parametrize("pause", range(3, 14))
+def test_contexts_and_generations_never_wait_for_each_other(jobs: Any, pause: int) -> None:
+    """Two that grow fill the generation pools, early requests the rest, and offers the context's."""
+    job = jobs(Role.CONTEXT, Role.GENERATION, Role.GENERATION, shared=False, num_blocks=16, overlap_tokens=24,
+               reserved_output=4, max_num_tokens=16)
+    led = LedJob(job)
+    chooser = random.Random(1)
+
+    def request(number: int, length: int, max_tokens: int) -> ExecutorRequest:
+        prompt = [chooser.randrange(128) for _ in range(length)]
+        return executor_request(number, prompt, max_tokens=max_tokens)
+
+    sinks = [led.submit(request(number, 5, 59)) for number in (1, 2)]
+    for _ in range(pause):
+        led.turn()
+    for number, length in ((3, 20), (4, 20), (5, 28), (6, 28)):
+        sinks.append(led.submit(request(number, length, 4)))
+    led.finish()
+    assert all(sink.end is State.DONE for sink in sinks)
+    assert led.problems() == []

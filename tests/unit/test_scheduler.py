@@ -267,3 +267,22 @@ def test_removing_leaves_the_blocks_to_their_owner() -> None:
     assert blocks.owns(2)
     with pytest.raises(KeyError):
         scheduler.remove(active)
+
+
+def test_preempted_requests_wait_by_age_and_nobody_passes_them() -> None:
+    scheduler, blocks = make(24, reserved_output=1)
+    kind = RequestType.GENERATION_ONLY
+    first, second, third = running = [sequence(number, 16, 60, kind) for number in (1, 2, 3)]
+    for one in running:
+        scheduler.add(one)
+    for one in scheduler.admit():
+        one.adopt_context((5,))
+        one.status = Status.RUNNING
+    scheduler._preempt(third)
+    scheduler._preempt(second)
+    assert scheduler.admit() == [second], "its context fills the step; the other one waits"
+    scheduler.add(sequence(4, 16, 60, kind))
+    assert scheduler.admit() == [], "what the other one will need is not given to those who came later"
+    scheduler._preempt(second)
+    assert [one.id for one in scheduler._waiting] == [2, 3, 4]
+    assert blocks.owners == [first.id]
