@@ -11,6 +11,7 @@ sends and goes on with the next micro-batch.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,12 @@ if TYPE_CHECKING:
     from mpi4py import MPI
 
 Array = npt.NDArray[Any]
+
+# A sum is looked for so often, then the rank sleeps between looks: ranks of a stage that share cores would
+# else take them from the one that still computes. 4 ranks on 2 cores that others use too: 1.1 ms a sum of
+# 2.3 kB after 0.3 ms of work, 5.9 with the blocking call, which spins; 1.4 and 2.5 for 2 ranks.
+_SUM_LOOKS = 20
+_SUM_SLEEP = 0.00002
 
 _HIDDEN_TAG = 1
 _LOGITS_TAG = 2
@@ -55,7 +62,12 @@ class GroupLink:
 
     def all_reduce(self, array: Array) -> None:
         """Sum over the ranks of this stage, in place; ``array`` is contiguous fp32."""
-        self._stage.Allreduce(self._mpi.IN_PLACE, [array, self._mpi.FLOAT])
+        request = self._stage.Iallreduce(self._mpi.IN_PLACE, [array, self._mpi.FLOAT])
+        looks = 0
+        while not request.Test():
+            looks += 1
+            if looks > _SUM_LOOKS:
+                time.sleep(_SUM_SLEEP)
 
     # ---- from stage to stage ----
 
