@@ -1,6 +1,7 @@
 # make run    the main job on a real model, from nothing: environment, MPI, model, one mpirun
 # make test   all tests: units in seconds, then real jobs under openmpi and under mpich
 # make check  ruff, mypy, the import contract, and make test
+# make test-long  every pair of shapes, emulated hosts
 # make bench  the figures of docs/benchmarks.md, measured side by side on this machine
 #
 # Variables: PYTHON (3.11 or later), TORCH (what pip should install for torch), and
@@ -21,7 +22,7 @@ VENV_MPICH := .venv-mpich
 PY := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run install test test-unit test-jobs test-mpich check lint bench clean
+.PHONY: run install test test-unit test-jobs test-mpich test-long check lint bench clean
 
 run: install
 	$(PY) -m disagg_mpi launch -n 3 -- run --prompt "Machine learning is"
@@ -53,11 +54,15 @@ test-unit: $(VENV)/.test
 
 test-jobs: $(VENV)/.test
 	$(PY) tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(PY) -m pytest tests/failure tests/jobs
+	$(PY) -m pytest tests/failure tests/jobs -m "not long"
 
 test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs -m "jobs and not openmpi_only"
+	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs -m "jobs and not openmpi_only and not long"
+
+# Every pair of shapes, and several emulated hosts (root and iproute2): not part of make test yet, for its time.
+test-long: $(VENV)/.test
+	$(PY) -m pytest tests/jobs tests/hosts -m "long or hosts"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check disagg_mpi examples tests benchmarks

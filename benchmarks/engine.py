@@ -25,35 +25,57 @@ Measure = Callable[[list[list[int]]], tuple[float, float]]
 
 
 def ours(model: Path) -> Measure:
-    """An aggregated instance, made without MPI: one rank needs no messages."""
+    """An aggregated instance of one rank, made without MPI: it needs no messages."""
     from disagg_mpi.comm.channel import MemoryNetwork
     from disagg_mpi.comm.waiting import Doorbell, Waiter
+    from disagg_mpi.config import JobConfig
+    from disagg_mpi.engine.attention import KvPool
     from disagg_mpi.engine.block_manager import BlockManager
     from disagg_mpi.engine.engine import Engine
-    from disagg_mpi.engine.runner import ModelRunner
+    from disagg_mpi.engine.model import StageModel
+    from disagg_mpi.engine.runner import Runner, StageRunner
     from disagg_mpi.engine.sampler import Sampler
     from disagg_mpi.engine.scheduler import Scheduler
+    from disagg_mpi.engine.tensor_parallel import ModelShard
     from disagg_mpi.executor.builtin import BuiltinExecutor
+    from disagg_mpi.job.arrangement import arrange
     from disagg_mpi.model.checkpoint import read_model_spec
     from disagg_mpi.model.tokenizer import Detokenizer, Tokenizer
     from disagg_mpi.request import ExecutorLimits, ExecutorRequest, SamplingParams
-    from disagg_mpi.transfer.layout import KvLayout
-    from disagg_mpi.transfer.memory import private_pool
+    from disagg_mpi.topology import build_topology
+    from disagg_mpi.transfer.directory import CacheDirectory
+    from disagg_mpi.transfer.memory import private_memory
+    from disagg_mpi.transfer.mover import Mover
     from disagg_mpi.transfer.transceiver import Transceiver
     from disagg_mpi.transfer.transports import MemoryTransport, MemoryWire
 
+    # The prompts are the same in every round, so none of them may be reused.
+    config = JobConfig(aggregated=1, transport="mpi", kv_tokens=8192, prefix_cache=False)
     spec = read_model_spec(model)
-    layout = KvLayout(spec.num_layers, spec.num_kv_heads, spec.head_dim, 32, 256, "fp32")
-    pool = private_pool(layout.pool_bytes)
-    blocks = BlockManager(range(layout.num_blocks))
-    runner = ModelRunner(model, dtype="fp32", layout=layout, memory=pool, num_threads=THREADS)
+    topology = build_topology(config)
+    places = arrange(config, topology, [0] * topology.world_size, spec)
+    (group,) = topology.groups
+    rank, view = group.leader, places.views[group.leader]
+    memory, layout = private_memory(places.private_bytes[rank]), view.layout
+    directory = CacheDirectory(places.views, [group.ranks])
+    channel = MemoryNetwork().channel(rank)
+    mover = Mover(directory, group.instance_id, rank, channel,
+                  MemoryTransport(rank, MemoryWire(), memory, view), None)
+    stage = StageRunner(
+        StageModel(model, dtype="fp32", shard=ModelShard(), collectives=None), KvPool(memory, view), None)
+    stage.warm_up()
+    blocks = BlockManager(places.block_ids[group.instance_id])
     engine = Engine(
-        runner=runner, sampler=Sampler(()), blocks=blocks, eos_token_ids=(),
-        scheduler=Scheduler(blocks, tokens_per_block=32, max_batch_size=64, max_num_tokens=512),
-        transceiver=Transceiver(0, MemoryNetwork().channel(0),
-                                MemoryTransport(0, MemoryWire(), pool, layout), layout,
-                                pool="bench", use_shared=True))
-    limits = ExecutorLimits(256, 32, 64, 512, spec.max_position_embeddings, spec.vocab_size)
+        runner=Runner(stage, layout=layout), sampler=Sampler(()), blocks=blocks, eos_token_ids=(),
+        scheduler=Scheduler(
+            blocks, tokens_per_block=layout.tokens_per_block, max_batch_size=config.max_batch_size,
+            max_num_tokens=config.max_num_tokens, reserved_output=config.reserved_output),
+        transceiver=Transceiver(rank, group.instance_id, channel, directory, mover))
+    limits = ExecutorLimits(
+        num_blocks=layout.num_blocks, tokens_per_block=layout.tokens_per_block,
+        max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+        max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size,
+        reserved_output=config.reserved_output)
     tokenizer = Tokenizer(model)
     executor = BuiltinExecutor(engine, limits, Waiter(Doorbell(f"bench{os.getpid()}", 0, [0], True)),
                                lambda: Detokenizer(tokenizer))
@@ -173,4 +195,5 @@ if __name__ == "__main__":
     import torch
 
     torch.set_num_threads(THREADS)
+    torch.set_grad_enabled(False)
     print(main(Path(sys.argv[1])))

@@ -1,19 +1,23 @@
-"""The hand-over between two ranks of one host against one memory copy of the same bytes.
+"""The hand-over between two instances of one host, with the real transceivers, movers, transports and
+progress threads, on pools of the default model's shape; no engine.
 
-Run by ``run_all.py`` under mpirun; rank 1 offers, rank 2 pulls, with the real transceiver, transport and
-progress threads, on pools of the default model's shape. The copy is taken in the same run, by rank 2, from
-the shared memory of the one pool to a private one.
+Run by ``run_all.py`` under mpirun. Rank 0 sleeps, the ranks after it are a context instance and then a
+generation instance of the given shapes. Where each is one rank, every hand-over is followed by a memory copy
+and by one plain MPI message of as many contiguous bytes.
+
+    python benchmarks/handover.py mpi|copy|shared CONTEXT GENERATION TOKENS[,TOKENS…] [--scattered] RESULT
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import random
 import statistics
-import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,110 +29,197 @@ from mpi4py import MPI  # noqa: E402 - after its environment
 
 from disagg_mpi.comm.channel import MpiChannel  # noqa: E402
 from disagg_mpi.comm.waiting import Doorbell  # noqa: E402
+from disagg_mpi.config import JobConfig  # noqa: E402
+from disagg_mpi.job.arrangement import arrange  # noqa: E402
+from disagg_mpi.model.checkpoint import ModelSpec  # noqa: E402
+from disagg_mpi.topology import build_topology  # noqa: E402
+from disagg_mpi.transfer.directory import CacheDirectory  # noqa: E402
 from disagg_mpi.transfer.layout import KvLayout  # noqa: E402
-from disagg_mpi.transfer.memory import SharedPool, private_pool  # noqa: E402
+from disagg_mpi.transfer.memory import SharedMemory, private_memory  # noqa: E402
+from disagg_mpi.transfer.mover import Mover  # noqa: E402
 from disagg_mpi.transfer.progress import ProgressThread  # noqa: E402
-from disagg_mpi.transfer.transceiver import Pulled, Transceiver  # noqa: E402
-from disagg_mpi.transfer.transports import MpiTransport  # noqa: E402
+from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver  # noqa: E402
+from disagg_mpi.transfer.transports import CopyTransport, MpiTransport  # noqa: E402
 
-LAYOUT = KvLayout(30, 3, 64, 32, 160, "fp32")  # SmolLM2-135M, 5,120 tokens, 225 MiB
-ROUNDS = 9
-CASES = [("256 tokens", 256, False), ("1,024 tokens", 1024, False), ("3,072 tokens", 3072, False),
-         ("3,072 tokens, scattered blocks", 3072, True)]
+BLOCK = 32
+# SmolLM2-135M: 30 layers, 3 KV heads of 64 in fp32.
+SPEC = ModelSpec("bench", "bench", 30, 576, 9, 3, 64, 49152, 8192, "float32", (), 0)
+TOKEN_BYTES = 2 * SPEC.num_layers * SPEC.num_kv_heads * SPEC.head_dim * 4
+# Instances of different block sizes cannot exchange blocks: they copy.
+GENERATION_BLOCK = {"copy": BLOCK // 2}
+CONTEXT, GENERATION = 0, 1
+_RAW, _RESULT, _END = 7, 8, 9  # tags
 
 
-def table_of(num_tokens: int, scattered: bool, seed: int) -> list[int]:
-    count = LAYOUT.blocks_for(num_tokens)
+class Bench:
+    """This rank's part; construction is collective. The leaders' main threads ask, as an engine's does."""
+
+    def __init__(self, way: str, context: str, generation: str, most_tokens: int) -> None:
+        self.world = MPI.COMM_WORLD
+        self.rank = self.world.rank
+        config = JobConfig(
+            context=context, generation=generation, kv_tokens=-(-most_tokens // BLOCK) * BLOCK,
+            transport="mpi" if way == "mpi" else "auto", tokens_per_block=BLOCK,
+            generation_tokens_per_block=GENERATION_BLOCK.get(way))
+        topology = build_topology(config)
+        self.groups = [group.ranks for group in topology.groups]
+        places = arrange(config, topology, [0] * self.world.size, SPEC)
+        if way == "mpi":
+            memory = private_memory(places.private_bytes.get(self.rank, 0))
+        else:
+            memory = SharedMemory(self.world, places.window_bytes[0]).memory
+        # The first touch of new memory runs at 0.3 GB/s.
+        if way == "mpi" or self.rank == 1:
+            memory[:] = self.rank
+        self.directory = CacheDirectory(places.views, self.groups, use_memory=way != "mpi")
+        job = self.world.bcast(f"bench{time.time_ns()}" if self.rank == 0 else None)
+        bell = Doorbell(job, self.rank, range(self.world.size), True)
+        channel, data = MpiChannel(self.world.Dup(), bell), self.world.Dup()
+        if self.rank == 0:
+            return
+        instance = CONTEXT if self.rank in self.groups[CONTEXT] else GENERATION
+        view = places.views[self.rank]
+        copies = CopyTransport(memory, view) if way != "mpi" else None
+        self.mover = Mover(
+            self.directory, instance, self.rank, channel, MpiTransport(data, memory, view), copies)
+        self.transceiver = Transceiver(self.rank, instance, channel, self.directory, self.mover)
+        self._is_over = threading.Event()
+        self._thread = ProgressThread(self.transceiver, bell, self._is_over.set)
+        self._thread.start()
+
+    @property
+    def leaders(self) -> tuple[int, int]:
+        return self.directory.leader(CONTEXT), self.directory.leader(GENERATION)
+
+    def layout(self, rank: int) -> KvLayout:
+        return self.directory.views[rank].layout
+
+    def offer(self, turn: int, block_ids: list[int], num_tokens: int) -> None:
+        """The context's leader's part; returns when the blocks are its own again."""
+        _, target = self.leaders
+        self.world.send(self.transceiver.offer(turn, block_ids, num_tokens), dest=target)
+        self._wait()
+
+    def pull(self, turn: int, block_ids: list[int], num_tokens: int) -> tuple[float, Pulled]:
+        """The generation's leader's part: seconds until all is in place, and the transceiver's report."""
+        source, _ = self.leaders
+        state = self.world.recv(source=source)
+        start = time.perf_counter()
+        self.transceiver.pull(turn, turn, state, block_ids, num_tokens)
+        (event,) = self._wait()
+        assert isinstance(event, Pulled)
+        return time.perf_counter() - start, event
+
+    def stop(self) -> int:
+        """End the thread; how many messages with bytes this rank has asked for."""
+        self._thread.stop()
+        return self.mover.num_requests
+
+    def _wait(self) -> list[Pulled | Released]:
+        while not (events := self.transceiver.progress()):
+            self._is_over.wait(0.2)
+            self._is_over.clear()
+        return events
+
+
+class Yardstick:
+    """What one rank's memory, and plain MPI, do with contiguous bytes; ranks 1 and 2."""
+
+    def __init__(self, world: MPI.Intracomm, num_bytes: int) -> None:
+        self._world = world
+        self._source, self._target = private_memory(num_bytes), private_memory(num_bytes)
+        self._source[:] = 1
+        self._target[:] = 2
+
+    def send(self) -> None:
+        self._world.recv(source=2, tag=_RAW)
+        self._world.Send([self._source, MPI.BYTE], dest=2, tag=_RAW)
+
+    def measure(self) -> tuple[float, float]:
+        """Seconds of a memory copy, and of a message."""
+        start = time.perf_counter()
+        np.copyto(self._target, self._source)
+        copied = time.perf_counter() - start
+        self._world.send(None, dest=1, tag=_RAW)
+        start = time.perf_counter()
+        self._world.Recv([self._target, MPI.BYTE], source=1, tag=_RAW)
+        return copied, time.perf_counter() - start
+
+
+def measure(bench: Bench, num_tokens: int, scattered: bool, rounds: int) -> dict[str, Any] | None:
+    """Medians over ``rounds`` hand-overs after a first one; at the generation's leader."""
+    source, target = bench.leaders
+    if bench.rank not in (source, target):
+        return None
+    layout = bench.layout(bench.rank)
+    own = blocks_of(layout, num_tokens, scattered, seed=bench.rank)
+    yardstick = Yardstick(bench.world, num_tokens * TOKEN_BYTES) if bench.world.size == 3 else None
+    if bench.rank == source:
+        for turn in range(rounds + 1):
+            bench.offer(turn, own, num_tokens)
+            if yardstick is not None:
+                yardstick.send()
+        return None
+    times: list[tuple[float, float, float]] = []
+    for turn in range(rounds + 1):
+        seconds, report = bench.pull(turn, own, num_tokens)
+        times.append((seconds, *(yardstick.measure() if yardstick is not None else (0.0, 0.0))))
+    found: dict[str, Any] = {
+        "tokens": num_tokens, "handovers": len(times), "bytes": report.kv_bytes, "moved": report.bytes_moved,
+        "seconds": statistics.median(seconds for seconds, _, _ in times[1:])}
+    if yardstick is not None:
+        # Round by round, because the machine's speed drifts.
+        found["of_copy"] = statistics.median(copied / seconds for seconds, copied, _ in times[1:])
+        found["of_message"] = statistics.median(sent / seconds for seconds, _, sent in times[1:])
+    return found
+
+
+def blocks_of(layout: KvLayout, num_tokens: int, scattered: bool, seed: int) -> list[int]:
+    count = layout.blocks_for(num_tokens)
     if scattered:
-        return random.Random(seed).sample(range(LAYOUT.num_blocks), count)
+        return random.Random(seed).sample(range(layout.num_blocks), count)
     return list(range(count))
 
 
-def memcpy_seconds(source: np.ndarray, target: np.ndarray, num_bytes: int) -> float:
-    times = []
-    for _ in range(ROUNDS):
-        start = time.perf_counter()
-        np.copyto(target[:num_bytes], source[:num_bytes])
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
+def collect(world: MPI.Intracomm) -> list[dict[str, Any]]:
+    """Rank 0's part: the results, with the number of messages of one hand-over."""
+    # Asleep, as rank 0 of a job is: one that spins in MPI takes a core from the others.
+    _sleep_until(world, _RESULT)
+    results: list[dict[str, Any]] = world.recv(tag=_RESULT)
+    others = range(1, world.size)
+    for rank in others:
+        world.send(None, dest=rank, tag=_END)
+    messages = sum(world.recv(source=rank, tag=_END) for rank in others)
+    handovers = sum(result["handovers"] for result in results)
+    return [{**result, "messages": messages // handovers} for result in results]
 
 
-def main(target: Path) -> None:
-    world = MPI.COMM_WORLD
-    rank = world.rank
-    host = world.Split_type(MPI.COMM_TYPE_SHARED)
-    job = world.bcast(f"bench{time.time_ns()}" if rank == 0 else None)
-    shared = SharedPool(host, LAYOUT.pool_bytes)
-    own = private_pool(LAYOUT.pool_bytes)
-    own[:] = rank + 1
-    if rank == 1:
-        shared.pool[:] = 7
-    bell = Doorbell(job, rank, range(world.size), True)
-    duplicates = {way: (world.Dup(), world.Dup()) for way in ("mpi", "shared")}
-    if rank == 0:
-        # Asleep, as rank 0 of a job is: a rank that spins in a barrier takes a core from the other two.
-        while not world.Iprobe(source=2, tag=9):
-            time.sleep(0.02)
-        target.write_text(json.dumps(world.recv(source=2, tag=9)))
-    else:
-        results = measure(world, duplicates, shared.pool, own, bell)
-        if rank == 2:
-            world.send(results, dest=0, tag=9)
-    shared.close()
+def _sleep_until(world: MPI.Intracomm, tag: int) -> None:
+    while not world.Iprobe(tag=tag):
+        time.sleep(0.02)
 
 
-def measure(
-    world: MPI.Intracomm,
-    duplicates: dict[str, tuple[MPI.Intracomm, MPI.Intracomm]],
-    shared: np.ndarray,
-    own: np.ndarray,
-    bell: Doorbell,
-) -> list[dict]:
-    """Ranks 1 and 2: both ways of handing over, every case."""
-    rank = world.rank
-    pair = world.Create_group(world.group.Incl([1, 2]))
-    results = []
-    for way in ("mpi", "shared"):
-        comms = duplicates[way]
-        pool = own if way == "mpi" else shared
-        transceiver = Transceiver(rank, MpiChannel(comms[0], bell), MpiTransport(comms[1], pool, LAYOUT),
-                                  LAYOUT, pool=way if way == "shared" else f"{way}{rank}", use_shared=True)
-        is_over = threading.Event()
-        thread = ProgressThread(transceiver, bell, is_over.set)
-        for name, num_tokens, scattered in CASES:
-            source_table = table_of(num_tokens, scattered, 1)
-            own_table = table_of(num_tokens, scattered, 2)
-            times = []
-            for turn in range(ROUNDS + 2):
-                pair.Barrier()
-                if rank == 1:
-                    world.send(transceiver.offer(turn, source_table, num_tokens), dest=2)
-                    is_over.wait()
-                    is_over.clear()
-                    transceiver.progress()
-                elif rank == 2:
-                    state = world.recv(source=1)
-                    start = time.perf_counter()
-                    transceiver.pull(turn, turn, state, own_table)
-                    events = transceiver.progress()  # in a shared pool it is over at once
-                    while not events:
-                        is_over.wait()
-                        is_over.clear()
-                        events = transceiver.progress()
-                    assert isinstance(events[0], Pulled)
-                    if turn > 1:
-                        times.append(time.perf_counter() - start)
-                pair.Barrier()
-            if rank == 2:
-                num_bytes = LAYOUT.kv_bytes(num_tokens)
-                copy = memcpy_seconds(shared, own, num_bytes)
-                seconds = statistics.median(times)
-                results.append({"way": way, "case": name, "bytes": num_bytes, "seconds": seconds,
-                                "memcpy_seconds": copy, "ratio": copy / seconds})
-        pair.Barrier()
-        thread.stop()
-    return results
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("way", choices=["mpi", "copy", "shared"])
+    parser.add_argument("context")
+    parser.add_argument("generation")
+    parser.add_argument("tokens", type=lambda text: [int(count) for count in text.split(",")])
+    parser.add_argument("result", type=Path)
+    parser.add_argument("--scattered", action="store_true")
+    options = parser.parse_args()
+    bench = Bench(options.way, options.context, options.generation, max(options.tokens))
+    if bench.rank == 0:
+        options.result.write_text(json.dumps(collect(bench.world)))
+        return
+    results = [measure(bench, count, options.scattered, 9 if count * TOKEN_BYTES < 2**27 else 4)
+               for count in options.tokens]
+    if bench.rank == bench.leaders[GENERATION]:
+        bench.world.send(results, dest=0, tag=_RESULT)
+    _sleep_until(bench.world, _END)
+    bench.world.recv(source=0, tag=_END)
+    bench.world.send(bench.stop(), dest=0, tag=_END)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    main()

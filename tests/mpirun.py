@@ -77,8 +77,12 @@ class MpiJob:
     """A running job. As a context manager it kills what is left of the job at the end."""
 
     def __init__(self, num_ranks: int, argv: Sequence[str], *, env: Mapping[str, str] | None = None,
-                 capture: bool = True, terminal: bool = False) -> None:
-        """Start it; ``terminal`` gives it one of its own, for :meth:`press_ctrl_c`."""
+                 capture: bool = True, terminal: bool = False,
+                 launcher: Sequence[str] | None = None) -> None:
+        """Start it; ``terminal`` gives it one of its own, for :meth:`press_ctrl_c`.
+
+        ``launcher`` is what comes before ``-n``, where that is more than mpirun.
+        """
         self._files: list[IO[bytes]] = []
         self._terminal: int | None = None
         stdin: int = subprocess.DEVNULL
@@ -89,7 +93,7 @@ class MpiJob:
             self._files = [tempfile.TemporaryFile() for _ in "oe"]  # noqa: SIM115
         out, err = self._files or (None, None)
         self.process = subprocess.Popen(
-            [find_mpirun(), "-n", str(num_ranks), sys.executable, *argv],
+            [*(launcher or [find_mpirun()]), "-n", str(num_ranks), sys.executable, *argv],
             stdin=stdin, stdout=out, stderr=err, env={**job_environment(), **(env or {})},
             # A session of its own: a test run's Ctrl-C is ours to pass on, in main().
             start_new_session=True,
@@ -222,7 +226,7 @@ def mpi_family() -> str:
 
 def job_environment() -> dict[str, str]:
     """What mpirun needs on a small machine and in a container; ranks set the rest themselves."""
-    env = {**os.environ, "PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe",
+    env = {**os.environ, "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
            "PRTE_MCA_hwloc_default_binding_policy": "none"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if os.geteuid() == 0:

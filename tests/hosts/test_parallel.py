@@ -54,6 +54,14 @@ def plain(two_hosts: EmulatedHosts, model: Path, tmp_path_factory: pytest.TempPa
     return dict(zip(asked, answers, strict=True))
 
 
+def slow_link(emulate: Callable[..., EmulatedHosts], rate: str) -> EmulatedHosts:
+    """Hosts hA and hB with a link of so much."""
+    try:
+        return emulate("hA", "hB", rate=rate)
+    except OSError as error:
+        pytest.skip(f"this kernel cannot limit a link: {error}")
+
+
 def assert_same(found: list[dict[str, Any]], asked: list[str], plain: dict[str, dict[str, Any]]) -> None:
     problems, near_ties = compare("across hosts", [answer["token_ids"] for answer in found],
                                   [plain[prompt] for prompt in asked])
@@ -64,7 +72,7 @@ def assert_same(found: list[dict[str, Any]], asked: list[str], plain: dict[str, 
 def test_an_instance_that_spans_hosts(two_hosts: EmulatedHosts, plain: dict[str, dict[str, Any]],
                                       tmp_path: Path) -> None:
     """Context tp3 on hA, hA, hB, generation pp2 on hA, hB: half of the pairs by copy, half by messages."""
-    asked = [*SHORT, *MIDDLE]
+    asked = [*SHORT[:2], *MIDDLE[:2]]
     job, (found,) = ask(
         two_hosts, {"hA": 4, "hB": 2}, tmp_path, [asked],
         context="tp3", context_participant_ids="1,2,4", generation="pp2", generation_participant_ids="3,5")
@@ -79,33 +87,26 @@ def test_an_instance_that_spans_hosts(two_hosts: EmulatedHosts, plain: dict[str,
 def test_a_long_prompt_passes_while_it_is_computed(emulate: Callable[..., EmulatedHosts],
                                                    plain: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     """At 1 Gbit/s its KV-cache takes about 0.45 s, of which the reader waits for hardly any."""
-    try:
-        hosts = emulate("hA", "hB", rate="1gbit")
-    except OSError as error:
-        pytest.skip(f"this kernel cannot limit a link: {error}")
-    exposed = {}
-    for overlap_tokens in (1024, 1_000_000):
-        _, rounds = ask(hosts, {"hA": 2, "hB": 1}, tmp_path, [[LONG], [LONG]], overlap_tokens=overlap_tokens)
-        for found in rounds:
-            assert_same(found, [LONG], plain)
-        first, again = (found[0]["timing"] for found in rounds)
-        assert first["transport"] == "mpi"
-        assert first["handover_bytes"] == first["kv_bytes"] > 50e6
-        # What the generation's pool holds since the first time does not pass again.
-        assert again["held_tokens"] >= 1100 and again["cached_tokens"] >= 1100, again
-        assert again["handover_bytes"] < first["handover_bytes"] / 10
-        exposed[overlap_tokens] = first["handover"]
-        if overlap_tokens == 1024:
-            assert first["transfer"] > first["handover"], first
-    assert exposed[1024] < exposed[1_000_000] / 10, exposed
+    hosts = slow_link(emulate, "1gbit")
+    _, rounds = ask(hosts, {"hA": 2, "hB": 1}, tmp_path, [[LONG], [LONG]])
+    _, (whole,) = ask(hosts, {"hA": 2, "hB": 1}, tmp_path, [[LONG]], overlap_tokens=1_000_000)
+    for found in (*rounds, whole):
+        assert_same(found, [LONG], plain)
+    pieces, again, at_once = (found[0]["timing"] for found in (*rounds, whole))
+    for timing in (pieces, at_once):
+        assert timing["transport"] == "mpi"
+        assert timing["handover_bytes"] == timing["kv_bytes"] > 50e6
+    assert pieces["transfer"] > pieces["handover"]
+    assert pieces["handover"] < at_once["handover"] / 10, (pieces, at_once)
+    # What the generation's pool holds since the first time does not pass again.
+    assert again["held_tokens"] >= 1100 and again["cached_tokens"] >= 1100, again
+    assert again["handover_bytes"] < pieces["handover_bytes"] / 10, again
 
 
 def test_given_up_in_the_middle_of_a_hand_over(emulate: Callable[..., EmulatedHosts], model: Path,
                                                tmp_path: Path) -> None:
-    try:
-        hosts = emulate("hA", "hB", rate="1gbit")
-    except OSError as error:
-        pytest.skip(f"this kernel cannot limit a link: {error}")
+    """At 400 Mbit/s bytes are on their way at most moments."""
+    hosts = slow_link(emulate, "400mbit")
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"threads": 1, "kv_tokens": 8192}))
     job = run_on_hosts(hosts, {"hA": 2, "hB": 1}, [str(SCRIPTS / "give_up.py"), str(config)], timeout=180)
@@ -118,18 +119,16 @@ def test_contexts_on_both_hosts_reuse_what_they_computed(
 ) -> None:
     """Context 0 on hA, contexts 1 and 2 and generation 0 on hB, where they share one pool."""
     asked = [*MIDDLE, *SHORT]
-    job, rounds = ask(two_hosts, {"hA": 2, "hB": 3}, tmp_path, [asked] * 3, context=3)
+    job, rounds = ask(two_hosts, {"hA": 2, "hB": 3}, tmp_path, [asked] * 2, context=3)
     assert ("hand-over: one shared pool on a host, 0 bytes to move and MPI messages\n"
             in job.stderr), job.text
     for found in rounds:
         assert_same(found, asked, plain)
-    first, *later = ([answer["timing"] for answer in found] for found in rounds)
+    first, again = ([answer["timing"] for answer in found] for found in rounds)
     assert {timing["transport"] for timing in first} == {"shared", "mpi"}
     assert not any(timing["cached_tokens"] for timing in first)
-    for timings in later:
-        for timing in timings[: len(MIDDLE)]:
-            # All but the rest of the prompt that fills no block.
-            assert timing["cached_tokens"] >= 64, timings
+    # Each went where its beginning is: all but what fills no block of 32 is there.
+    assert all(timing["cached_tokens"] >= 96 for timing in again[: len(MIDDLE)]), again
 
 
 def test_a_killed_follower_ends_the_job_on_every_host(two_hosts: EmulatedHosts, model: Path) -> None:

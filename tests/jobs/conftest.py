@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))  # inprocess.py
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/mpirun.py
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # reference.py
 

@@ -92,7 +92,7 @@ def _generate(path: Path) -> list[dict[str, list[float]]]:
 
 
 def compare(
-    name: str, found: list[list[int]], truth: list[dict[str, list[float]]]
+    name: str, found: list[list[int]], truth: list[dict[str, list[float]]], near_tie: float = NEAR_TIE
 ) -> tuple[list[str], list[str]]:
     """Wrong prompts, in words, and those that differ at a near-tie, which ends their comparison."""
     problems, near_ties = [], []
@@ -106,7 +106,7 @@ def compare(
         gap = answer["gaps"][at] if at < len(answer["gaps"]) else float("inf")
         text = (f"{name}: prompt {number} differs at token {at}: {tokens[at:at + 3]} for "
                 f"{expected[at:at + 3]}, gap of the reference's top two {gap:.2e}")
-        if gap < NEAR_TIE:
+        if gap < near_tie:
             near_ties.append(text)
         else:
             problems.append(text)
