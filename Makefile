@@ -1,7 +1,6 @@
 # make run    the main job on a real model, from nothing: environment, MPI, model, one mpirun
 # make test   all tests: units in seconds, then real jobs under openmpi and under mpich
 # make check  ruff, mypy, the import contract, and make test
-# make test-long  every pair of shapes, emulated hosts
 # make bench  the figures of docs/benchmarks.md, measured side by side on this machine
 #
 # Variables: PYTHON (3.11 or later), TORCH (what pip should install for torch), and
@@ -22,7 +21,7 @@ VENV_MPICH := .venv-mpich
 PY := $(VENV)/bin/python
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: run install test test-unit test-jobs test-mpich test-long check lint bench clean
+.PHONY: run install test test-unit test-jobs test-mpich check lint bench clean
 
 run: install
 	$(PY) -m disagg_mpi launch -n 3 -- run --prompt "Machine learning is"
@@ -54,15 +53,11 @@ test-unit: $(VENV)/.test
 
 test-jobs: $(VENV)/.test
 	$(PY) tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(PY) -m pytest tests/failure tests/jobs -m "not long"
+	$(PY) -m pytest tests/failure tests/jobs tests/hosts
 
 test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs -m "jobs and not openmpi_only and not long"
-
-# Every pair of shapes, and several emulated hosts (root and iproute2): not part of make test yet, for its time.
-test-long: $(VENV)/.test
-	$(PY) -m pytest tests/jobs tests/hosts -m "long or hosts"
+	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs tests/hosts -m "jobs and not openmpi_only"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check disagg_mpi examples tests benchmarks

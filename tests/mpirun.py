@@ -40,6 +40,9 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _SAMPLE_SECONDS = 0.05
 # The kernel reaps the last rank after mpirun has ended: killed with it, they are gone within 0.1 s.
 _GRACE_SECONDS = 3.0
+# Once in some hundred starts prterun 5.0.11 ends so, whatever it is to start; others have seen it too.
+_LAUNCHER_FAILED = "The PMIx server's listener thread failed to start"
+_STARTS = 3
 
 
 @dataclass(frozen=True)
@@ -201,9 +204,17 @@ class MpiJob:
 
 def run_job(num_ranks: int, argv: Sequence[str], *, timeout: float,
             env: Mapping[str, str] | None = None) -> JobResult:
-    """Run ``python argv…`` as ``num_ranks`` ranks to its end, whatever its exit code."""
-    with MpiJob(num_ranks, argv, env=env) as job:
-        return job.finish(timeout)
+    """Run ``python argv…`` as ``num_ranks`` ranks to its end, whatever its exit code.
+
+    Once again where Open MPI's own launcher did not start, before there was any rank.
+    """
+    for _ in range(_STARTS):
+        with MpiJob(num_ranks, argv, env=env) as job:
+            result = job.finish(timeout)
+        if _LAUNCHER_FAILED not in result.stderr:
+            break
+        print(f"mpirun did not start, and is started again:\n{result.text}", file=sys.stderr)
+    return result
 
 
 @functools.cache

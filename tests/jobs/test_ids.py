@@ -30,7 +30,6 @@ def run(num_ranks: int, *arguments: str):
     (6, ["--context", "pp2", "--generation", "tp2pp1,1", "--generation-participant-ids", "5,1;4"]),
     (5, ["--aggregated", "2xpp2", "--aggregated-participant-ids", "4,1;2,3"]),
 ])
-@pytest.mark.long
 def test_the_ranks_that_ids_name_do_the_work(
     num_ranks: int, ids: list[str], tiny: Path, tmp_path: Path
 ) -> None:
@@ -72,14 +71,13 @@ def test_the_ranks_that_ids_name_do_the_work(
     (["--context", "tp2", "--context-device-ids", "0"],
      "LayoutError: context 0 is tp2, 2 ranks, but has 1 device id: 0", "rank 1 .*<-- 1 device id"),
 ])
-@pytest.mark.long
 def test_wrong_ids_are_shown_once_on_a_map(ids: list[str], headline: str, marked: str) -> None:
     check_refused(["--prompt", "x", *ids], headline, marked)
 
 
-@pytest.mark.long
 def test_a_shape_that_does_not_divide_the_heads(tmp_path: Path) -> None:
-    odd = save_tiny_model(tmp_path / "odd", num_attention_heads=6, num_key_value_heads=3)
+    odd = save_tiny_model(tmp_path / "odd", hidden_size=48, num_attention_heads=6,
+                          num_key_value_heads=3)
     check_refused(["--prompt", "x", "--model", str(odd), "--context-participant-ids", "2,1"],
                   "LayoutError: context 0 is tp2: 6 heads and 3 KV heads cannot be divided among 2 ranks; "
                   "tp can be 1, 3 or 6", "rank 2 .*<-- tp2 does not fit the model")
@@ -91,8 +89,8 @@ def check_refused(arguments: list[str], headline: str, marked: str) -> None:
     assert job.returncode == 2, job.text
     assert job.stderr.count(headline) == 1, job.text
     assert len(re.findall(r"^\w+Error: ", job.stderr, re.M)) == 1, job.text
-    for rank in range(4):
-        assert len(re.findall(rf"^  rank {rank} ", job.stderr, re.M)) == 1, job.text
+    rows = [int(number) for number in re.findall(r"^  rank (\d+) ", job.stderr, re.M)]
+    assert rows == list(range(max(rows) + 1)), job.text
     assert re.search(rf"^  {marked}", job.stderr, re.M), job.text
     assert "Traceback" not in job.stderr
     job.assert_clean(in_mpi_init=True)

@@ -145,7 +145,6 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-@pytest.mark.long
 def test_every_pair_of_shapes(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     options: dict[str, dict[str, Any]] = {
         "mpi": {"transport": "mpi"}, "shared": {"transport": "shared"},
@@ -184,7 +183,6 @@ def test_every_pair_of_shapes(tiny_models: dict[str, Path], tmp_path: Path) -> N
     assert len({entry[1:3] for entry in covered if entry[0] == "mpi"}) == 81
 
 
-@pytest.mark.long
 def test_many_requests_keep_several_micro_batches_in_flight(
     tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
