@@ -36,9 +36,8 @@ def test_layout_gives_the_tokens_of_transformers(
     truth = reference(model)
     questions, answers = tmp_path / "prompts.json", tmp_path / "answers.json"
     questions.write_text(json.dumps(prompts()))
-    # Equal threads are part of what "to the bit" takes, and so are equal chunks: what the prefix cache has
-    # of a prompt is not in its chunks (its tokens: tests/unit/test_reuse.py).
-    config = {"model": str(model), "threads": 1, "prefix_cache": False, **layout}
+    # Equal threads are part of what "to the bit" takes.
+    config = {"model": str(model), "threads": 1, **layout}
     job = run_job(num_ranks, [str(SCRIPT), json.dumps(config), str(questions), str(answers),
                               str(MAX_TOKENS)], timeout=900)
     assert job.returncode == 0, job.text
