@@ -81,7 +81,7 @@ _JOB_OPTIONS = [
                       "small N lets more requests run at once, and more be computed twice. [default: 256]"),
     click.option("--overlap-tokens", type=int, metavar="N",
                  help="Hand prompts of at least N tokens over while they are computed, where bytes move "
-                      "between hosts; shorter ones in one piece. [default: 1024]"),
+                      "between hosts; shorter ones in one piece. [default: 512]"),
     click.option("--max-batch-size", type=int, metavar="N",
                  help="Requests in one step of an instance. [default: 64]"),
     click.option("--max-num-tokens", type=int, metavar="N",
