@@ -32,7 +32,7 @@ def median(values: Sequence[float]) -> float:
 
 
 def verdict(value: float, aim: float, *, at_most: bool = False) -> str:
-    """``1.32 (aim 1.1: met)``."""
+    """``1.1: met``, beside the value."""
     met = value <= aim if at_most else value >= aim
     return f"{aim:g}: {'met' if met else 'missed'}"
 

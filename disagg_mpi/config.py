@@ -36,9 +36,9 @@ DEFAULT_KV_TOKENS = 16384
 # Output positions that a request has blocks for from the start: most answers of a chat are shorter.
 DEFAULT_RESERVED_OUTPUT = 256
 
-# From here on a prompt's hand-over between hosts is hidden behind its computation: more than one chunk of the
-# default budget. Measured (docs/benchmarks.md): 600 tokens over 1 Gbit/s held generation up for 230 ms in one
-# piece and 1 ms overlapped, at no cost to the request; 300 tokens, one chunk, for the same time either way.
+# From here on a prompt's hand-over between hosts is hidden behind its computation: one whole chunk of the
+# default budget. Measured over 1 Gbit/s (docs/benchmarks.md): 600 tokens held generation up for 230 ms in one
+# piece and for 1 ms overlapped; 300 tokens, one chunk, for as long either way.
 DEFAULT_OVERLAP_TOKENS = 512
 
 ROLE_NAMES = ("context", "generation", "aggregated")

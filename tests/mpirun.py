@@ -40,7 +40,7 @@ _RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK")
 _SAMPLE_SECONDS = 0.05
 # The kernel reaps the last rank after mpirun has ended: killed with it, they are gone within 0.1 s.
 _GRACE_SECONDS = 3.0
-# Once in some hundred starts prterun 5.0.11 ends so, whatever it is to start; others have seen it too.
+# prterun 5.0.11 ended so once in about 400 starts, with no rank yet; others report it (lfortran issue 8610).
 _LAUNCHER_FAILED = "The PMIx server's listener thread failed to start"
 _STARTS = 3
 
