@@ -74,7 +74,10 @@ class GrammarCompiler:
             raise RequestError("guided output needs a model with an end-of-sequence token; "
                                "this one names none")
         if self._tokenizer is None:
-            self._tokenizer = llguidance.LLTokenizer(self._vocabulary.definition, eos_token=self._eos)
+            try:
+                self._tokenizer = llguidance.LLTokenizer(self._vocabulary.definition, eos_token=self._eos)
+            except ValueError as error:
+                raise RequestError(f"guided output cannot use this model's tokenizer: {error}") from None
         try:
             grammar = _grammar_of(guided)
         except ValueError as error:  # not even its outer form is right
@@ -82,7 +85,7 @@ class GrammarCompiler:
         matcher = llguidance.LLMatcher(self._tokenizer, grammar, log_level=0,
                                        limits=llguidance.LLParserLimits(verbose_errors=False))
         if matcher.is_error():
-            raise RequestError(f"guided is no valid grammar: {matcher.get_error().strip()}")
+            raise RequestError(f"guided is no valid grammar: {_message(matcher)}")
         return matcher
 
 
@@ -100,7 +103,7 @@ class Matcher:
     @property
     def error(self) -> str:
         """Why the output cannot go on, in the library's words; empty while it can."""
-        return self._state.get_error()
+        return _message(self._state)
 
     @property
     def is_over(self) -> bool:
@@ -114,6 +117,10 @@ class Matcher:
         known = np.unpackbits(bits, bitorder="little")[: self._vocab_size]
         allowed[: len(known)] = known
         return allowed
+
+
+def _message(state: llguidance.LLMatcher) -> str:
+    return state.get_error().strip().removesuffix("<non-verbose/>").strip()
 
 
 def _grammar_of(guided: Guided) -> str:
