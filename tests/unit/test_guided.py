@@ -326,15 +326,20 @@ def test_every_layout_writes_the_same(
 
 
 @SHAPED
-def test_a_preempted_output_goes_on_where_it_was(
-        guided_jobs: Any, expected: dict[int, tuple[list[int], str]], shape: str) -> None:
-    job = guided_jobs(shape, num_blocks=18, reserved_output=2, max_num_tokens=32)
+def test_a_preempted_output_goes_on_where_it_was(guided_jobs: Any, tokenizer: Tokenizer, shape: str) -> None:
+    requests = [
+        executor_request(number, [number] * 9, max_tokens=28, temperature=number - 1.0, seed=number,
+                         guided=Guided(regex="c([d-f]g){12}c"))
+        for number in (1, 2, 3, 4)]
+    roomy = guided_jobs("aggregated", num_blocks=64, max_num_tokens=64, prefix_cache=False)
+    alone = {r.request_id: tokens_of(roomy.run([r])[r.request_id]) for r in requests}
+    job = guided_jobs(shape, num_blocks=12, reserved_output=4, max_num_tokens=32)
     num_preempted = 0
-    for number, responses in job.run(ASKED).items():
+    for number, responses in job.run(requests).items():
         final = assert_ended_once(responses)
-        assert (tokens_of(responses), final.finish_reason) == expected[number]
-        if number != 5 and final.timing is not None:
-            num_preempted += final.timing.num_preempted
+        assert tokens_of(responses) == alone[number] and final.finish_reason == "stop"
+        assert re.fullmatch("c([d-f]g){12}c", tokenizer.decode(alone[number]))
+        num_preempted += final.timing.num_preempted if final.timing else 0
     assert num_preempted > 0
     assert job.problems() == []
 

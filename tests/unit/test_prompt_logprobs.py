@@ -152,13 +152,13 @@ def test_they_come_once_whoever_is_preempted(jobs: Any, tiny_llama: Path, shape:
 
 def test_one_preempted_within_its_prompt_begins_anew(jobs: Any, tiny_llama: Path) -> None:
     """A long prompt in chunks, younger than one that takes all blocks: its rows count once."""
-    job = make(jobs, "aggregated", num_blocks=14, reserved_output=2, max_num_tokens=4)
+    job = make(jobs, "aggregated", num_blocks=12, reserved_output=2, max_num_tokens=4, max_batch_size=4)
     old = executor_request(1, [1] * 8, max_tokens=40)
     young = asking(2, list(range(30)), max_tokens=2)
     responses = job.run([old, young])[2]
     final = assert_ended_once(responses)
     check(tiny_llama, young.prompt_token_ids, scores_of(responses))
-    assert final.timing is not None
+    assert final.timing is not None and final.timing.num_preempted == 1
     assert job.problems() == []
 
 
