@@ -19,7 +19,7 @@ import msgspec
 import torch
 
 from disagg_mpi.engine.block_manager import BlockManager
-from disagg_mpi.engine.logprobs import score_prompt
+from disagg_mpi.engine.logprobs import take_scores
 from disagg_mpi.engine.reuse import PrefixReuse
 from disagg_mpi.engine.sampler import NoToken, Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
@@ -307,7 +307,8 @@ class Engine:
 
     def _finish_step(self, chunks: Seq[Chunk], logits: torch.Tensor | None) -> list[NewToken]:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = self._sampler(self._take_scores(chunks, logits), sampling) if logits is not None else []
+        sampled = [] if logits is None else self._sampler(
+            take_scores(chunks, logits, self._leaving), sampling)
         now = time.monotonic()
         for chunk in chunks:
             sequence = chunk.sequence
@@ -340,20 +341,6 @@ class Engine:
         for dropped in failed:
             self._leave(dropped)
         return tokens
-
-    def _take_scores(self, chunks: Seq[Chunk], logits: torch.Tensor) -> torch.Tensor:
-        """Score the prompts that are to be; the rows that new tokens are chosen from."""
-        if not any(chunk.is_scored for chunk in chunks):
-            return logits  # a row for each chunk that samples
-        rows = []
-        end = 0
-        for chunk in chunks:
-            start, end = end, end + chunk.num_kept
-            if chunk.is_scored and chunk.sequence.id not in self._leaving:
-                score_prompt(chunk.sequence, chunk.start, logits[start:end])
-            if chunk.samples:
-                rows.append(end - 1)
-        return logits[rows]
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.sampling

@@ -6,10 +6,12 @@ are asked for), so that no more than a step's rows are kept.
 
 from __future__ import annotations
 
+from collections.abc import Container
 from collections.abc import Sequence as Seq
 
 import torch
 
+from disagg_mpi.engine.scheduler import Chunk
 from disagg_mpi.engine.sequence import Sequence
 from disagg_mpi.request import TokenLogprobs
 
@@ -23,7 +25,26 @@ def token_logprobs(rows: torch.Tensor, tokens: Seq[int], num_top: int) -> list[T
             for value, top_ids, top_values in zip(chosen.tolist(), ids.tolist(), best.tolist(), strict=True)]
 
 
-def score_prompt(sequence: Sequence, start: int, rows: torch.Tensor) -> None:
+def take_scores(chunks: Seq[Chunk], logits: torch.Tensor, leaving: Container[int]) -> torch.Tensor:
+    """Score the prompts that are to be, but for the ids in ``leaving``; the rows to choose new tokens from.
+
+    ``logits`` are a step's: of each chunk its ``num_kept`` rows, ``[rows, vocabulary]``. What is returned has
+    one row for each chunk that samples.
+    """
+    if not any(chunk.is_scored for chunk in chunks):
+        return logits
+    sampling = []
+    end = 0
+    for chunk in chunks:
+        start, end = end, end + chunk.num_kept
+        if chunk.is_scored and chunk.sequence.id not in leaving:
+            _score(chunk.sequence, chunk.start, logits[start:end])
+        if chunk.samples:
+            sampling.append(end - 1)
+    return logits[sampling]
+
+
+def _score(sequence: Sequence, start: int, rows: torch.Tensor) -> None:
     """Take the logits at the prompt's positions from ``start``: ``[positions, vocabulary]``, fp32.
 
     Those at one position are about the token at the next; at the last, about the output's first token, which

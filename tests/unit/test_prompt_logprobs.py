@@ -20,6 +20,7 @@ from inprocess import (
     tokens_of,
 )
 
+from disagg_mpi.engine.logprobs import take_scores
 from disagg_mpi.frontend.jsonl import parse_line, result_data
 from disagg_mpi.orchestrator.table import State
 from disagg_mpi.request import ExecutorRequest, Request, RequestType, Response, SamplingParams
@@ -116,17 +117,14 @@ def test_a_filled_prefix_cache_is_not_used_for_them_but_by_others(
 @pytest.mark.parametrize("most", [1, 5])
 def test_a_step_keeps_no_more_rows_than_it_may(
         jobs: Any, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch, most: int) -> None:
-    from disagg_mpi.engine import engine as module
-
     monkeypatch.setattr("disagg_mpi.engine.scheduler.MAX_SCORED_TOKENS", most)
     kept: list[int] = []
-    plain = module.Engine._take_scores
 
-    def watched(self: Any, chunks: Any, logits: torch.Tensor) -> torch.Tensor:
+    def watched(chunks: Any, logits: torch.Tensor, leaving: Any) -> torch.Tensor:
         kept.append(sum(chunk.length for chunk in chunks if chunk.is_scored))
-        return plain(self, chunks, logits)
+        return take_scores(chunks, logits, leaving)
 
-    monkeypatch.setattr(module.Engine, "_take_scores", watched)
+    monkeypatch.setattr("disagg_mpi.engine.engine.take_scores", watched)
     job = make(jobs, "aggregated", max_num_tokens=64)
     requests = [asking(number, prompt) for number, prompt in enumerate(PROMPTS)]
     found = job.run([*requests, executor_request(50, PROMPTS[0], max_tokens=30)])
