@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from disagg_mpi.request import (
         ContextPhaseParams,
         ExecutorRequest,
+        Guided,
         Request,
         RequestType,
         Response,
@@ -54,7 +55,7 @@ _HOMES = {
     "disagg_mpi.orchestrator.handle": ("RequestHandle",),
     "disagg_mpi.orchestrator.orchestrator": ("Orchestrator",),
     "disagg_mpi.request": (
-        "ContextPhaseParams", "ExecutorRequest", "Request", "RequestType", "Response", "Result",
+        "ContextPhaseParams", "ExecutorRequest", "Guided", "Request", "RequestType", "Response", "Result",
         "SamplingParams", "TokenEvent",
     ),
 }

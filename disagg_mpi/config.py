@@ -237,7 +237,8 @@ def _check_instance(role: str, instance: Instance) -> None:
 def convert(data: Mapping[str, Any], kind: type[T], where: str) -> T:
     """``data`` as a ``kind``; a :class:`ConfigError` that names ``where`` for anything off."""
     try:
-        return msgspec.convert(dict(data), kind, dec_hook=_path_of)
+        # JSON and TOML have no keys but texts: token ids are written so.
+        return msgspec.convert(dict(data), kind, dec_hook=_path_of, str_keys=True)
     except msgspec.ValidationError as error:
         known = ", ".join(field.name for field in msgspec.structs.fields(kind))  # type: ignore[arg-type]
         raise ConfigError(f"{where}: {error}. Known keys: {known}") from None

@@ -20,6 +20,14 @@ from disagg_mpi.errors import ConfigError
 FinishReason = Literal["stop", "length", "cancelled", "deadline", "error"]
 
 MAX_LOGPROBS = 20
+MAX_BAD = 1024
+"""Sequences of ``bad`` and ``bad_token_ids`` together: each is looked at for every token."""
+MAX_GUIDED_BYTES = 2**16
+"""UTF-8 size of a grammar: it is compiled between two steps, while all others wait. A JSON schema of 2,000
+properties has this size and takes 0.23 s (one core of an EPYC, Zen 3)."""
+MAX_CONTEXT_LOGITS_BYTES = 2**28
+"""Size of all rows of ``return_context_logits``: 4 bytes x prompt tokens x vocabulary, kept until the first
+token and sent as one message. The default model (49,152 tokens) may have 1,365 prompt tokens."""
 
 GIVEN_UP: dict[FinishReason, str] = {
     "cancelled": "cancelled before it was done",
@@ -27,6 +35,40 @@ GIVEN_UP: dict[FinishReason, str] = {
 }
 """What the error says of a request that was given up for one of these reasons."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class Guided(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What the whole output must be: exactly one of these. Raises :class:`ConfigError` for bad values.
+
+    The text itself is read where the model is: a schema or grammar that is none is the request's error, in
+    the grammar library's words.
+    """
+
+    json: str | None = None
+    """A JSON schema, as JSON text; ``{"type": "object"}`` for any object. Between two of its tokens JSON may
+    have one blank or line break; a schema's own ``x-guidance`` can say otherwise."""
+    regex: str | None = None
+    """A regular expression, of Rust's ``regex`` syntax, for all of the output."""
+    choice: tuple[str, ...] | None = None
+    """One of these texts."""
+    grammar: str | None = None
+    """A context-free grammar, in Lark's form (``start: …``) or llama.cpp's GBNF (``root ::= …``)."""
+
+    def __post_init__(self) -> None:
+        given = [name for name in self.__struct_fields__ if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ConfigError("guided needs exactly one of json, regex, choice, grammar; "
+                              f"found {' and '.join(given) or 'none'}")
+        name, value = given[0], getattr(self, given[0])
+        if name == "choice":
+            if not (isinstance(value, (tuple, list)) and value and all(map(_is_text, value))):
+                raise ConfigError(f"guided.choice is {value!r}; it must be texts that are not empty, "
+                                  "at least one")
+        elif not _is_text(value):
+            raise ConfigError(f"guided.{name} is {value!r}; it must be a text that is not empty")
+        size = sum(len(text.encode()) for text in (value if name == "choice" else (value,)))
+        if size > MAX_GUIDED_BYTES:
+            raise ConfigError(f"guided.{name} has {size} bytes; it may have {MAX_GUIDED_BYTES} at most")
 
 
 class SamplingParams(
@@ -40,7 +82,8 @@ class SamplingParams(
 
     max_tokens: int = 64
     min_tokens: int = 0
-    """End-of-sequence and stop tokens are not sampled before this many tokens."""
+    """End-of-sequence and stop tokens are not sampled before this many tokens. A ``guided`` output is made
+    longer where its grammar can go on, never beyond its end."""
     temperature: float = 0.0
     """0 is greedy."""
     top_k: int = 0
@@ -54,14 +97,29 @@ class SamplingParams(
     """Texts that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    """End-of-sequence is a token like others; only a ``guided`` output still ends with it."""
+    bad: tuple[str, ...] = ()
+    """Texts that must not be generated. Each is tokenised with and without a space before it; after all of
+    its tokens but the last, in prompt or output, the last is forbidden."""
+    bad_token_ids: tuple[tuple[int, ...], ...] = ()
+    """The same as token ids: sequences of one or more."""
+    logit_bias: dict[int, float] = {}
+    """Token id → what is added to its logit, before penalties."""
+    guided: Guided | None = None
+    """What the output must be. End-of-sequence is allowed only where that may end, and where it can only end
+    the output does, without an end-of-sequence token; ``finish_reason`` is ``stop``."""
     seed: int | None = None
     """The same seed gives the same tokens at every layout; ``None``: a new one each time."""
     logprobs: int | None = None
     """Also give the log-probability of each token and of this many alternatives (0 to 20)."""
+    prompt_logprobs: int | None = None
+    """The same of the prompt's tokens. They are computed even where a prefix cache holds the prompt."""
     n: int = 1
     """Independent continuations of the one prompt."""
     return_generation_logits: bool = False
     """Also give the raw logits (fp32, before penalties) that each token was chosen from."""
+    return_context_logits: bool = False
+    """Also give the raw logits at each position of the prompt: 4 bytes x vocabulary each, 256 MiB at most."""
 
     def __post_init__(self) -> None:
         def need(good: bool, name: str, what: str) -> None:
@@ -69,18 +127,27 @@ class SamplingParams(
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it must be {what}")
 
         # Keywords from Python come here unchecked; a wrong type must not get as far as a message.
-        for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs"):
+        for name in ("max_tokens", "min_tokens", "top_k", "n", "seed", "logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            need(type(value) is int or (value is None and name in ("seed", "logprobs")), name,
+            need(type(value) is int
+                 or (value is None and name in ("seed", "logprobs", "prompt_logprobs")), name,
                  "a whole number")
         for name in ("temperature", "top_p", "repetition_penalty", "presence_penalty",
                      "frequency_penalty"):
             need(type(getattr(self, name)) in (float, int), name, "a number")
-        need(isinstance(self.stop, (tuple, list)) and all(map(_is_text, self.stop)), "stop",
-             "a tuple of texts that are not empty")
-        need(isinstance(self.stop_token_ids, (tuple, list))
-             and all(type(token) is int for token in self.stop_token_ids), "stop_token_ids",
-             "a tuple of token ids")
+        for name in ("stop", "bad"):
+            value = getattr(self, name)
+            need(isinstance(value, (tuple, list)) and all(map(_is_text, value)), name,
+                 "a tuple of texts that are not empty")
+        need(_are_tokens(self.stop_token_ids), "stop_token_ids", "a tuple of token ids")
+        need(isinstance(self.bad_token_ids, (tuple, list))
+             and all(_are_tokens(ids) and ids for ids in self.bad_token_ids), "bad_token_ids",
+             "a tuple of tuples of token ids, none empty")
+        need(isinstance(self.logit_bias, dict) and all(
+            type(token) is int and type(bias) in (float, int) and -1e9 <= bias <= 1e9
+            for token, bias in self.logit_bias.items()), "logit_bias",
+            "numbers between -1e9 and 1e9 by token id")
+        need(isinstance(self.guided, Guided | None), "guided", "a Guided")
         need(self.max_tokens >= 1, "max_tokens", "at least 1")
         need(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "between 0 and max_tokens")
         need(0.0 <= self.temperature < 1e6, "temperature", "0 (greedy) or a positive number")
@@ -90,8 +157,12 @@ class SamplingParams(
         for name in ("presence_penalty", "frequency_penalty"):
             need(-1e6 < getattr(self, name) < 1e6, name, "a number")
         need(self.seed is None or 0 <= self.seed < 2**63, "seed", "between 0 and 2**63 - 1")
-        need(self.logprobs is None or 0 <= self.logprobs <= MAX_LOGPROBS, "logprobs",
-             f"between 0 and {MAX_LOGPROBS}")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            need(value is None or 0 <= value <= MAX_LOGPROBS, name, f"between 0 and {MAX_LOGPROBS}")
+        if len(self.bad) + len(self.bad_token_ids) > MAX_BAD:
+            raise ConfigError(f"bad and bad_token_ids hold {len(self.bad) + len(self.bad_token_ids)} "
+                              f"sequences; together they may hold {MAX_BAD} at most")
         need(self.n >= 1, "n", "at least 1")
 
     @property
@@ -99,10 +170,19 @@ class SamplingParams(
         return (self.repetition_penalty != 1.0 or self.presence_penalty != 0.0
                 or self.frequency_penalty != 0.0)
 
+    @property
+    def needs_prompt_logits(self) -> bool:
+        """Whether logits at all positions of the prompt are asked for, not at the last alone."""
+        return self.prompt_logprobs is not None or self.return_context_logits
+
 
 def _is_text(value: object) -> bool:
     """A text that is not empty and can be sent (UTF-8 knows no lone surrogates)."""
     return isinstance(value, str) and value != "" and not _SURROGATE.search(value)
+
+
+def _are_tokens(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and all(type(token) is int for token in value)
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,9 +262,16 @@ class ExecutorRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=T
     """Enqueued while its context phase still runs on the instance with this id: reserve blocks and take the
     KV-cache over as it is computed; the ``context_phase_params`` follow."""
 
+    @property
+    def scores_prompt(self) -> bool:
+        """Whether the prompt's log-probabilities or logits come with this sequence: with the first of the
+        ``n``, for they are the same for all, and from where the context is computed."""
+        return (self.sampling.needs_prompt_logits and self.sequence_index == 0
+                and self.type is not RequestType.GENERATION_ONLY)
+
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
-    """Log-probabilities (natural) of one generated token and of the most likely ones."""
+    """Log-probabilities (natural) of one token of the output or prompt, and of the most likely ones."""
 
     logprob: float
     top: list[tuple[int, float]] = []
@@ -224,6 +311,10 @@ class Response(msgspec.Struct, kw_only=True, omit_defaults=True):
     logprobs: list[TokenLogprobs] | None = None
     logits: list[bytes] | None = None
     """One fp32 row (little endian) of the vocabulary's length for each token."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """With the first token, one for each prompt token; of the first there is none."""
+    context_logits: list[bytes] | None = None
+    """With the first token, one row as in ``logits`` for each prompt token."""
     is_final: bool = False
     finish_reason: FinishReason | None = None
     """Set on the last response, unless a generation executor is to go on."""
@@ -297,6 +388,11 @@ class Result(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int]
     choices: list[Choice]
     error: str | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One for each prompt token; of the first there is none."""
+    context_logits: list[bytes] | None = None
+    """One fp32 row (little endian) of the vocabulary's length for each prompt token: what the token after it
+    would be chosen from."""
 
     @property
     def text(self) -> str:
@@ -328,3 +424,5 @@ class TokenEvent(msgspec.Struct, frozen=True):
     index: int = 0
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: FinishReason | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """With the first event of choice 0, if they were asked for."""

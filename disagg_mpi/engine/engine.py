@@ -19,10 +19,11 @@ import msgspec
 import torch
 
 from disagg_mpi.engine.block_manager import BlockManager
+from disagg_mpi.engine.logprobs import take_scores
 from disagg_mpi.engine.reuse import PrefixReuse
-from disagg_mpi.engine.sampler import Sampled, Sampler
+from disagg_mpi.engine.sampler import NoToken, Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
-from disagg_mpi.engine.sequence import Sequence, Status
+from disagg_mpi.engine.sequence import PromptScores, Sequence, Status
 from disagg_mpi.errors import RequestError
 from disagg_mpi.request import ContextPhaseParams, FinishReason, PoolBlocks
 from disagg_mpi.transfer.layout import runs_of
@@ -49,6 +50,8 @@ class NewToken(msgspec.Struct, frozen=True):
     sequence: Sequence
     sampled: Sampled
     finish_reason: FinishReason | None
+    prompt_scores: PromptScores | None = None
+    """With the first token, where they were asked for."""
 
 
 class Dropped(msgspec.Struct, frozen=True):
@@ -304,7 +307,8 @@ class Engine:
 
     def _finish_step(self, chunks: Seq[Chunk], logits: torch.Tensor | None) -> list[NewToken]:
         sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = self._sampler(logits, sampling) if logits is not None else []
+        sampled = [] if logits is None else self._sampler(
+            take_scores(chunks, logits, self._leaving), sampling)
         now = time.monotonic()
         for chunk in chunks:
             sequence = chunk.sequence
@@ -319,20 +323,30 @@ class Engine:
             if self._runner.num_stages > 1:
                 self._announce(sequence, chunk.end)
         tokens = []
+        failed = []
         for sequence, one in zip(sampling, sampled, strict=True):
-            if sequence.id not in self._leaving:
-                sequence.token_ids.append(one.token)
-                tokens.append(NewToken(sequence, one, self._finish_reason(sequence, one.token)))
+            if sequence.id in self._leaving:
+                continue
+            if isinstance(one, NoToken):
+                failed.append(Dropped(sequence, "error", one.error))
+                continue
+            sequence.append(one.token)
+            tokens.append(NewToken(sequence, one, self._finish_reason(sequence, one.token),
+                                   sequence.take_prompt_scores()))
         for chunk in chunks:
             left = self._leaving.get(chunk.sequence.id)
             if left is not None and not chunk.sequence.num_in_flight:
                 del self._leaving[chunk.sequence.id]
                 self._leave(left)
+        for dropped in failed:
+            self._leave(dropped)
         return tokens
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.sampling
         if (token in self._eos and not params.ignore_eos) or token in params.stop_token_ids:
+            return "stop"
+        if sequence.guide is not None and sequence.guide.is_over:
             return "stop"
         if sequence.num_output_tokens >= params.max_tokens:
             return "length"

@@ -49,7 +49,9 @@ class PrefixReuse:
     def place(self, sequence: Sequence, count: int) -> list[int]:
         """``count`` blocks for ``sequence``; what they hold of it already is noted in it."""
         found = []
-        if not sequence.takes_over or self._fetches(_source(sequence)):
+        # A prompt that is scored is computed: the cache holds no logits.
+        if sequence.prompt_scores is None and (
+                not sequence.takes_over or self._fetches(_source(sequence))):
             # Of a context that is computed here, one token must be, for its logits.
             last = len(sequence.token_ids) - (0 if sequence.takes_over else 1)
             hashes = self._hashes(sequence, last)

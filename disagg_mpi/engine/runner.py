@@ -158,8 +158,9 @@ class Runner:
         self._in_flight.append(_InFlight(chunks, own, self._stage.model.vocab_range[0], slices, receipt))
 
     def poll(self) -> tuple[Sequence[Chunk], torch.Tensor | None] | None:
-        """The oldest step that is over, with its logits ``[chunks that sample, vocabulary]`` in fp32.
+        """The oldest step that is over, with its logits ``[kept tokens, vocabulary]`` in fp32.
 
+        Each chunk has :attr:`~disagg_mpi.engine.scheduler.Chunk.num_kept` rows, in order.
         ``None`` if there is none; without pipeline stages a launched step is waited for.
         """
         if not self._in_flight:
@@ -169,8 +170,8 @@ class Runner:
             if self.num_stages > 1:
                 return None
         self._in_flight.popleft()
-        samples = any(chunk.samples for chunk in oldest.chunks)
-        return oldest.chunks, oldest.logits() if samples else None
+        has_logits = any(chunk.num_kept for chunk in oldest.chunks)
+        return oldest.chunks, oldest.logits() if has_logits else None
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks on all ranks."""
@@ -184,8 +185,7 @@ class Runner:
         for chunk in chunks:
             sequence = chunk.sequence
             tokens += sequence.token_ids[chunk.start : chunk.end]
-            if chunk.samples:
-                keep.append(len(tokens) - 1)
+            keep += range(len(tokens) - chunk.num_kept, len(tokens))
             places.append((chunk.start, chunk.length,
                            self._layout.token_runs(sequence.block_ids, chunk.end)))
         self._number += 1

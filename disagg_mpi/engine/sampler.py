@@ -5,18 +5,21 @@ Randomness is a pure function of (seed, continuation, position): Philox, a count
 exists, so none has to be handed over, and batches, layouts and restarts do not change the numbers; the
 logits they meet differ in their last bits with the batch's shape, which hardly ever decides a draw.
 
-Order, as in the field: repetition penalty, presence and frequency penalty, minimum length, temperature,
-top-k, top-p. Log-probabilities are those of the raw logits.
+Order, as in the field: what :mod:`disagg_mpi.engine.logits` does to the row, temperature, top-k, top-p.
+Log-probabilities are those of the raw logits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from weakref import WeakKeyDictionary
 
 import msgspec
 import numpy as np
 import torch
 
+from disagg_mpi.engine.logits import LogitsAdjuster
+from disagg_mpi.engine.logprobs import token_logprobs
 from disagg_mpi.engine.sequence import Sequence
 from disagg_mpi.request import TokenLogprobs
 
@@ -29,6 +32,12 @@ class Sampled(msgspec.Struct, frozen=True):
     logits: bytes | None = None
 
 
+class NoToken(msgspec.Struct, frozen=True):
+    """A sequence to which no token can be given, and why."""
+
+    error: str
+
+
 def uniform(seed: int, sequence_index: int, position: int) -> float:
     """The number in [0, 1) that the token at ``position`` of this continuation is drawn with."""
     bits = np.random.Philox(key=(sequence_index << 64) | seed, counter=position)
@@ -36,60 +45,46 @@ def uniform(seed: int, sequence_index: int, position: int) -> float:
 
 
 class Sampler:
-    """Holds what all requests share: the end-of-sequence tokens."""
+    """Holds what all requests share, the end-of-sequence tokens, and prepares what each asks for."""
 
     def __init__(self, eos_token_ids: Seq[int]) -> None:
         self._eos = list(eos_token_ids)
+        self._adjusters: WeakKeyDictionary[Sequence, LogitsAdjuster] = WeakKeyDictionary()
 
-    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled]:
+    def __call__(self, logits: torch.Tensor, sequences: Seq[Sequence]) -> list[Sampled | NoToken]:
         """``logits``: ``[len(sequences), vocabulary]``, fp32, raw."""
         greedy = logits.argmax(dim=-1).tolist()
         return [self._one(row, sequence, token) if _is_special(sequence) else Sampled(token)
                 for row, sequence, token in zip(logits, sequences, greedy, strict=True)]
 
-    def _one(self, raw: torch.Tensor, sequence: Sequence, greedy: int) -> Sampled:
+    def _one(self, raw: torch.Tensor, sequence: Sequence, greedy: int) -> Sampled | NoToken:
         params = sequence.sampling
-        row = self._adjust(raw, sequence)
+        row = self._adjuster(sequence)(raw, sequence)
+        if sequence.guide is not None and sequence.guide.error:
+            return NoToken(f"guided: {sequence.guide.error}")
+        if row is not raw and row.max() == -torch.inf:
+            return NoToken("no token is left to choose from: guided, bad, bad_token_ids and min_tokens "
+                           "exclude all of the vocabulary together")
         if params.temperature == 0.0:
             token = greedy if row is raw else int(row.argmax())
         else:
             token = _draw(row, sequence)
         logprobs = None
         if params.logprobs is not None:
-            values = torch.log_softmax(raw, dim=-1)
-            top = values.topk(params.logprobs)
-            logprobs = TokenLogprobs(
-                float(values[token]),
-                list(zip(top.indices.tolist(), top.values.tolist(), strict=True)))
+            (logprobs,) = token_logprobs(raw.unsqueeze(0), [token], params.logprobs)
         kept = raw.numpy().tobytes() if params.return_generation_logits else None
         return Sampled(token, logprobs, kept)
 
-    def _adjust(self, raw: torch.Tensor, sequence: Sequence) -> torch.Tensor:
-        params = sequence.sampling
-        row = raw
-        if params.has_penalties:
-            row = raw.clone()
-            if params.repetition_penalty != 1.0:
-                seen = torch.tensor(sorted(set(sequence.token_ids)))
-                values = row[seen]
-                penalty = params.repetition_penalty
-                row[seen] = torch.where(values > 0, values / penalty, values * penalty)
-            output = sequence.output_token_ids
-            if output:
-                used, counts = torch.tensor(output).unique(return_counts=True)  # type: ignore[no-untyped-call]
-                row[used] -= params.presence_penalty + params.frequency_penalty * counts
-        if sequence.num_output_tokens < params.min_tokens:
-            row = row.clone() if row is raw else row
-            row[[*self._eos, *params.stop_token_ids]] = -torch.inf
-        return row
+    def _adjuster(self, sequence: Sequence) -> LogitsAdjuster:
+        adjuster = self._adjusters.get(sequence)
+        if adjuster is None:
+            adjuster = self._adjusters[sequence] = LogitsAdjuster(sequence, self._eos)
+        return adjuster
 
 
 def _is_special(sequence: Sequence) -> bool:
     """Whether a plain argmax is not all that this sequence asks for."""
-    params = sequence.sampling
-    return (params.temperature != 0.0 or params.has_penalties or params.logprobs is not None
-            or params.return_generation_logits
-            or sequence.num_output_tokens < params.min_tokens)
+    return not sequence.is_plain or sequence.num_output_tokens < sequence.sampling.min_tokens
 
 
 def _draw(row: torch.Tensor, sequence: Sequence) -> int:

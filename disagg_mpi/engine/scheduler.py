@@ -23,6 +23,10 @@ import msgspec
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.sequence import Sequence, Status, positions_needed
 
+MAX_SCORED_TOKENS = 128
+"""Positions of scored prompts in one step, of all requests together: it bounds the logits that a step keeps.
+128 rows of a vocabulary of 131,072 are 64 MiB."""
+
 
 class Chunk(msgspec.Struct, frozen=True):
     """``length`` tokens of one request, from position ``start``, in the step."""
@@ -30,6 +34,8 @@ class Chunk(msgspec.Struct, frozen=True):
     sequence: Sequence
     start: int
     length: int
+    is_scored: bool = False
+    """Whether the logits at all its positions are wanted: they are of a prompt that is scored."""
 
     @property
     def end(self) -> int:
@@ -39,6 +45,11 @@ class Chunk(msgspec.Struct, frozen=True):
     def samples(self) -> bool:
         """Whether the step gives this request a new token."""
         return self.end == len(self.sequence.token_ids)
+
+    @property
+    def num_kept(self) -> int:
+        """Positions whose logits the step gives: all, or the last for the new token, or none."""
+        return self.length if self.is_scored else int(self.samples)
 
 
 Place = Callable[[Sequence, int], list[int]]
@@ -174,11 +185,17 @@ class Scheduler:
         ready = [s for s in generating if s.can_schedule and self._has_room(s)][:share]
         chunks = [Chunk(s, s.num_scheduled, 1) for s in ready]
         budget = self._max_num_tokens - len(chunks)
+        scored = MAX_SCORED_TOKENS
         for sequence in running:
-            if sequence.in_context_phase and budget > 0:
-                length = min(sequence.context_length - sequence.num_scheduled, budget)
-                chunks.append(Chunk(sequence, sequence.num_scheduled, length))
+            if not sequence.in_context_phase:
+                continue
+            is_scored = sequence.prompt_scores is not None
+            room = min(budget, scored) if is_scored else budget
+            length = min(sequence.context_length - sequence.num_scheduled, room)
+            if length > 0:
+                chunks.append(Chunk(sequence, sequence.num_scheduled, length, is_scored))
                 budget -= length
+                scored -= length * is_scored
         return chunks
 
     # ---- inside ----

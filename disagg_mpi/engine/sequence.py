@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence as Seq
 from enum import Enum, auto
+from typing import Protocol
 
-from disagg_mpi.request import ContextPhaseParams, ExecutorRequest, PhaseTiming, RequestType, SamplingParams
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from disagg_mpi.request import (
+    ContextPhaseParams,
+    ExecutorRequest,
+    PhaseTiming,
+    RequestType,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 def positions_needed(num_prompt_tokens: int, max_tokens: int) -> int:
@@ -21,16 +34,63 @@ class Status(Enum):
     RUNNING = auto()
 
 
+class Guide(Protocol):
+    """Where an output stands in what it must be; see :class:`disagg_mpi.engine.guided.Matcher`."""
+
+    def advance(self, token_ids: Seq[int]) -> None:
+        """These are the output's next tokens."""
+
+    @property
+    def error(self) -> str:
+        """Why the output cannot go on; empty while it can."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing can follow."""
+
+    def allowed(self) -> npt.NDArray[np.bool_]:
+        """Which tokens of the model's vocabulary may be next; ends of sequence where it may end."""
+
+
+class PromptScores(msgspec.Struct):
+    """What the model says of the prompt's own tokens, as far as it is computed; ``None``: not asked for."""
+
+    logprobs: list[TokenLogprobs | None] | None
+    logits: list[bytes] | None
+
+    @classmethod
+    def wanted_by(cls, request: ExecutorRequest) -> PromptScores | None:
+        if not request.scores_prompt:
+            return None
+        params = request.sampling
+        return cls([None] if params.prompt_logprobs is not None else None,
+                   [] if params.return_context_logits else None)
+
+
 class Sequence:
     """A request from enqueue to its last token. Owned by the engine, changed by it alone."""
 
-    def __init__(self, request: ExecutorRequest) -> None:
+    def __init__(self, request: ExecutorRequest, bad_token_ids: Seq[Seq[int]] = (),
+                 guide: Guide | None = None) -> None:
+        """``bad_token_ids``: of the request's bad texts, beside those it names itself; ``guide``: at the
+        start of what ``guided`` asks for."""
         self.request = request
         self.id = request.request_id
         self.sampling: SamplingParams = request.sampling
         self.token_ids: list[int] = list(request.prompt_token_ids)
         """Prompt and output."""
         self.num_prompt_tokens = len(self.token_ids)
+        self.bad_token_ids = [*self.sampling.bad_token_ids, *bad_token_ids]
+        self.guide = guide
+        params = self.sampling
+        self.is_adjusted = (params.has_penalties or bool(params.logit_bias or self.bad_token_ids)
+                            or guide is not None)
+        """Whether its logits are changed before a token is chosen; the minimum length aside."""
+        self.is_plain = not (self.is_adjusted or params.temperature or params.logprobs is not None
+                             or params.return_generation_logits)
+        """Whether the likeliest token is all that it asks for; the minimum length aside."""
+        self.prompt_scores = PromptScores.wanted_by(request)
+        """Gathered with the prompt's chunks; gone once the first token is sampled."""
         self.context_length = self.num_prompt_tokens
         """Positions to compute before the next token: the prompt, and after a preemption the output too."""
         self.num_scheduled = 0
@@ -75,6 +135,17 @@ class Sequence:
         """Whether some token is known whose step has not been launched."""
         return self.num_scheduled < len(self.token_ids)
 
+    def take_prompt_scores(self) -> PromptScores | None:
+        """All of them, once: the prompt is not scored again after this."""
+        scores, self.prompt_scores = self.prompt_scores, None
+        return scores
+
+    def append(self, token: int) -> None:
+        """The output's next token."""
+        self.token_ids.append(token)
+        if self.guide is not None:
+            self.guide.advance((token,))
+
     def hold(self, num_tokens: int) -> None:
         """The first positions are in the blocks already."""
         self.num_scheduled = self.num_computed = num_tokens
@@ -82,12 +153,15 @@ class Sequence:
     def adopt_context(self, first_tokens: tuple[int, ...]) -> None:
         """The prompt's KV is in place and these tokens were sampled from it elsewhere."""
         self.hold(self.num_prompt_tokens)
-        self.token_ids.extend(first_tokens)
+        for token in first_tokens:
+            self.append(token)
 
     def preempt(self) -> None:
         """Its blocks are given to others: all that is known so far is computed again."""
         self.hold(0)
         self.context_length = len(self.token_ids)
+        if self.prompt_scores is not None:
+            self.prompt_scores = PromptScores.wanted_by(self.request)
         self.block_ids = []
         self.status = Status.WAITING
         self.timing.num_preempted += 1

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections import deque
 from collections.abc import Callable
 
-import msgspec
-
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.engine.engine import Dropped, Engine, NewToken
 from disagg_mpi.engine.sequence import Sequence
+from disagg_mpi.errors import RequestError
 from disagg_mpi.executor.base import Executor, IterationStats
 from disagg_mpi.executor.output import IncrementalDecoder, TextOutput
+from disagg_mpi.executor.prepare import Preparer
 from disagg_mpi.executor.validate import problem_with
 from disagg_mpi.request import (
     GIVEN_UP,
@@ -37,12 +36,14 @@ class BuiltinExecutor(Executor):
         waiter: Waiter,
         make_decoder: Callable[[], IncrementalDecoder] | None = None,
         progress: ProgressThread | None = None,
+        preparer: Preparer | None = None,
     ) -> None:
         super().__init__(waiter)
         self.limits = limits
         self._engine = engine
         self._make_decoder = make_decoder
         self._progress = progress
+        self._preparer = preparer or Preparer(limits.vocab_size)
         self._texts: dict[int, TextOutput] = {}
         self._stats: deque[IterationStats] = deque(maxlen=1000)
         self._iteration = 0
@@ -122,25 +123,34 @@ class BuiltinExecutor(Executor):
         return moved or stats.num_active > 0
 
     def _enqueue(self, request: ExecutorRequest) -> None:
-        problem = problem_with(request, self.limits)
         params = request.context_phase_params
-        if problem is not None and params is not None:
-            self._engine.refuse(params)
-        if problem is None and request.request_id in self._engine:
-            problem = f"request id {request.request_id} is in use"
-        if problem is not None:
-            self._respond(Response(request_id=request.request_id, is_final=True,
-                                   finish_reason="error", error=problem))
+        if request.request_id in self._engine:
+            self._refuse(request, f"request id {request.request_id} is in use")
             return
-        if request.sampling.temperature and request.sampling.seed is None:
-            request = msgspec.structs.replace(request, sampling=msgspec.structs.replace(
-                request.sampling, seed=random.getrandbits(62)))
+        try:
+            sequence = self._sequence_of(request)
+        except RequestError as error:
+            if params is not None:
+                self._engine.refuse(params)
+            self._refuse(request, str(error))
+            return
         text = TextOutput(self._make_decoder() if self._make_decoder else None,
                           request.sampling.stop)
         if params is not None:
             text.push(params.first_gen_tokens)
         self._texts[request.request_id] = text
-        self._engine.add(Sequence(request))
+        self._engine.add(sequence)
+
+    def _refuse(self, request: ExecutorRequest, problem: str) -> None:
+        self._respond(Response(request_id=request.request_id, is_final=True,
+                               finish_reason="error", error=problem))
+
+    def _sequence_of(self, request: ExecutorRequest) -> Sequence:
+        """Raises :class:`RequestError` for a request that cannot be served."""
+        problem = problem_with(request, self.limits)
+        if problem is not None:
+            raise RequestError(problem)
+        return self._preparer.prepare(request)
 
     def _report_sizes(self) -> None:
         """Tell how many blocks requests hold, with the step's response to them where there is one."""
@@ -170,6 +180,9 @@ class BuiltinExecutor(Executor):
             logprobs=None if new.sampled.logprobs is None else [new.sampled.logprobs],
             logits=None if new.sampled.logits is None else [new.sampled.logits],
         )
+        if new.prompt_scores is not None:
+            response.prompt_logprobs = new.prompt_scores.logprobs
+            response.context_logits = new.prompt_scores.logits
         if reason is not None:
             response.finish_reason = reason
             self._close(response, sequence)

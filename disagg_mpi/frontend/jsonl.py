@@ -85,6 +85,8 @@ def _request_of(data: dict[str, Any], name: str, defaults: SamplingParams) -> Re
     own = {key: value for key, value in data.items() if key in _SAMPLING_KEYS}
     merged = {**msgspec.structs.asdict(defaults), **own}
     sampling = convert(merged, SamplingParams, "sampling")
+    if sampling.return_generation_logits or sampling.return_context_logits:
+        raise ConfigError("logits are not written to files; ask for logprobs and prompt_logprobs")
     rest = {key: value for key, value in data.items() if key in _REQUEST_KEYS}
     return convert({**rest, "sampling": sampling, "id": name}, Request, "request")
 
@@ -124,6 +126,8 @@ def result_data(result: Result) -> dict[str, Any]:
     }
     if result.choices[0].logprobs is not None:
         data["logprobs"] = msgspec.to_builtins(result.choices[0].logprobs)
+    if result.prompt_logprobs is not None:
+        data["prompt_logprobs"] = msgspec.to_builtins(result.prompt_logprobs)
     if len(result.choices) > 1:
         data["choices"] = [
             {"index": choice.index, "text": choice.text, "token_ids": choice.token_ids,

@@ -7,6 +7,7 @@ their model :func:`make_worker`: a rank that cannot load leaves no other in a co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -181,12 +182,14 @@ def _make_executor(
 ) -> Executor:
     """The leader's engine and API."""
     from disagg_mpi.engine.engine import Engine
+    from disagg_mpi.engine.guided import GrammarCompiler
     from disagg_mpi.engine.reuse import PrefixReuse
     from disagg_mpi.engine.runner import Runner
     from disagg_mpi.engine.sampler import Sampler
     from disagg_mpi.engine.scheduler import Scheduler
     from disagg_mpi.engine.tensor_parallel import ModelShard
     from disagg_mpi.executor.builtin import BuiltinExecutor
+    from disagg_mpi.executor.prepare import Preparer
     from disagg_mpi.model.detokenizer import Detokenizer
 
     tp, pp = group.shape.tp, group.shape.pp
@@ -223,6 +226,9 @@ def _make_executor(
                     blocks=blocks, transceiver=transceiver, eos_token_ids=spec.eos_token_ids, reuse=reuse,
                     announces_layers=pp == 1)
     tokenizer = load_tokenizer(path)
+    preparer = Preparer(spec.vocab_size) if tokenizer is None else Preparer(
+        spec.vocab_size, functools.partial(tokenizer.encode, add_special_tokens=False),
+        GrammarCompiler(tokenizer, spec.vocab_size, spec.eos_token_ids))
     return BuiltinExecutor(
         engine,
         ExecutorLimits(
@@ -232,7 +238,8 @@ def _make_executor(
             reserved_output=config.reserved_output),
         Waiter(world.doorbell),
         None if tokenizer is None else lambda: Detokenizer(tokenizer),
-        progress)
+        progress,
+        preparer)
 
 
 def ways_to(world: World, directory: CacheDirectory | None, group: Group) -> dict[int, str]:

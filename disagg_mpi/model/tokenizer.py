@@ -66,6 +66,11 @@ class Tokenizer:
         return self._backend.id_to_token(token_id)
 
     @property
+    def definition(self) -> str:
+        """The text of its ``tokenizer.json``, without truncation and padding: for libraries of their own."""
+        return self._backend.to_str()
+
+    @property
     def vocab_size(self) -> int:
         """The number of known ids, added tokens included; the model's matrix may be larger."""
         return self._backend.get_vocab_size(with_added_tokens=True)

@@ -201,8 +201,10 @@ class Dispatcher:
         if pick_generation(self._generation, count) is None:
             return False  # asked each turn while the head of the queue waits: before anything is hashed
         hashes = self._hashes(entry, self._generation[0])
+        # What no context instance reuses, no prefix should draw there: a prompt that is scored is computed.
+        is_scored = request.scores_prompt
         if self._is_aggregated:
-            generation = pick_generation(self._generation, count, hashes)
+            generation = pick_generation(self._generation, count, [] if is_scored else hashes)
             assert generation is not None  # there is room
             context = generation
         else:
@@ -211,10 +213,12 @@ class Dispatcher:
             if not able:
                 return False
             size = able[0].limits.tokens_per_block
-            context, held = pick_context(able, length, self._hashes(entry, able[0]), size)
+            reusable = [] if is_scored else self._hashes(entry, able[0])
+            context, held = pick_context(able, length, reusable, size)
             generation = pick_generation(self._generation, count, hashes, context.pool or None)
             assert generation is not None  # there is room
-            there = length - hit_tokens(generation, length, hashes, limits.tokens_per_block)
+            there = length - hit_tokens(generation, length, [] if is_scored else hashes,
+                                        limits.tokens_per_block)
             if self._local.is_local(there, context.pending_context_tokens, generation.num_requests,
                                     length - held):
                 context = generation
@@ -229,7 +233,7 @@ class Dispatcher:
             entry.context_holding = context, held_blocks
         context_hashes = self._hashes(entry, context)
         entry.context_tokens = length - hit_tokens(
-            context, length, context_hashes, context.limits.tokens_per_block)
+            context, length, [] if is_scored else context_hashes, context.limits.tokens_per_block)
         context.pending_context_tokens += entry.context_tokens
         for instance, used in ((context, context_hashes), (generation, hashes)):
             if instance.prefix is not None:

@@ -94,6 +94,10 @@ class RequestHandle:
             choice.logprobs = (choice.logprobs or []) + response.logprobs
         if response.logits is not None:
             choice.logits = (choice.logits or []) + response.logits
+        if response.prompt_logprobs is not None:
+            self._result.prompt_logprobs = response.prompt_logprobs
+        if response.context_logits is not None:
+            self._result.context_logits = response.context_logits
         reason: FinishReason | None = None
         if entry.is_over:
             reason = choice.finish_reason = response.finish_reason or "error"
@@ -103,7 +107,7 @@ class RequestHandle:
             self._open -= 1
         if response.token_ids or response.text or reason:
             self._push(TokenEvent(response.text, response.token_ids, index, response.logprobs,
-                                  reason))
+                                  reason, response.prompt_logprobs))
         if not self._open:
             self._settle(lambda: self._future.set_result(self._result))
 

@@ -9,6 +9,7 @@ its pump thread and one worker thread.
 from __future__ import annotations
 
 import functools
+import json
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from disagg_mpi.config import JobConfig
 from disagg_mpi.engine.attention import KvPool
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.engine import Engine
+from disagg_mpi.engine.guided import GrammarCompiler
 from disagg_mpi.engine.model import StageModel
 from disagg_mpi.engine.reuse import PrefixReuse
 from disagg_mpi.engine.runner import Runner, StageRunner
@@ -33,9 +35,12 @@ from disagg_mpi.engine.sampler import Sampler
 from disagg_mpi.engine.scheduler import Scheduler
 from disagg_mpi.engine.tensor_parallel import ModelShard
 from disagg_mpi.executor.builtin import BuiltinExecutor
+from disagg_mpi.executor.prepare import Preparer
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.model.checkpoint import read_model_spec
+from disagg_mpi.model.detokenizer import Detokenizer
+from disagg_mpi.model.tokenizer import Tokenizer
 from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State, find_shared_blocks
@@ -84,6 +89,35 @@ def save_tiny_model(directory: Path, kind: str = "Llama", seed: int = 0, **chang
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(directory)
+    return directory
+
+
+END = 110
+"""End-of-sequence of :func:`save_ascii_tokenizer`'s tokenizer."""
+
+
+def save_ascii_tokenizer(directory: Path) -> Path:
+    """A byte-level ``tokenizer.json``: printable ASCII and line breaks, some pairs, and :data:`END`.
+
+    It knows fewer tokens than the tiny models can make, as many a real one does.
+    """
+    space, line = "\u0120", "\u010a"  # as byte-level vocabularies write them
+    letters = [space, *map(chr, range(33, 127)), line]
+    pairs = ["{ \"", "\" :", "\" }", "} ,", "[ [", "] ]", "t r", "u e", "f a", "1 2", f"{space} a",
+             "a b", "o o", "b a"]
+    vocabulary = {text: at for at, text in enumerate([*letters, *(p.replace(" ", "") for p in pairs)])}
+    data = {
+        "version": "1.0", "truncation": None, "padding": None, "normalizer": None, "post_processor": None,
+        "added_tokens": [{"id": END, "content": "<|end|>", "single_word": False, "lstrip": False,
+                          "rstrip": False, "normalized": False, "special": True}],
+        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                          "use_regex": False},
+        "decoder": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+        "model": {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "fuse_unk": False, "byte_fallback": False,
+                  "ignore_merges": False, "vocab": {**vocabulary, "<|end|>": END}, "merges": pairs}}
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "tokenizer.json").write_text(json.dumps(data))
     return directory
 
 
@@ -163,10 +197,12 @@ class Job:
         eos: Sequence[int] = (),
         make_decoder: Callable[[], Any] | None = WordDecoder,
         num_stages: int = 1,
+        tokenizer: Tokenizer | None = None,
         **options: Any,
     ) -> None:
         """``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens.
-        ``num_stages``: pretend that every instance has so many pipeline stages."""
+        ``num_stages``: pretend that every instance has so many pipeline stages. ``tokenizer``: instead of
+        ``make_decoder``, for bad texts and guided output too."""
         options = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 16, **options}
         counts = {role.value: roles.count(role) for role in Role if role in roles}
         self.config = JobConfig(
@@ -184,6 +220,7 @@ class Job:
         self._memories |= {f"rank {rank}": private_memory(size)
                            for rank, size in self.arrangement.private_bytes.items()}
         self._num_stages = num_stages
+        self._tokenizer = tokenizer
         self.network = MemoryNetwork()  # the hand-over's
         self.wire = MemoryWire()
         self.bell = Doorbell(uuid.uuid4().hex, 0, [0], True)
@@ -225,7 +262,13 @@ class Job:
             max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
             max_model_len=self.spec.max_position_embeddings, vocab_size=VOCABULARY,
             reserved_output=config.reserved_output)
-        executor = BuiltinExecutor(engine, limits, Waiter(self.bell), make_decoder)
+        preparer = None
+        if (tokenizer := self._tokenizer) is not None:
+            make_decoder = functools.partial(Detokenizer, tokenizer)
+            preparer = Preparer(
+                VOCABULARY, functools.partial(tokenizer.encode, add_special_tokens=False),
+                GrammarCompiler(tokenizer, VOCABULARY, eos))
+        executor = BuiltinExecutor(engine, limits, Waiter(self.bell), make_decoder, preparer=preparer)
         ways = {} if group.role is not Role.GENERATION else {
             other.instance_id: self.directory.way(other.instance_id, group.instance_id)
             for other in self.topology.groups if other.role is Role.CONTEXT}

@@ -146,6 +146,8 @@ def test_a_request_that_comes_early_has_its_context_phase_params_later() -> None
     (executor_request(1, [-1]), "token id -1"),
     (executor_request(1, [2**70]), "outside"),
     (executor_request(1, [0], stop_token_ids=(500,)), "token id 500"),
+    (executor_request(1, [0], bad_token_ids=((1, 2), (3, 501))), "token id 501"),
+    (executor_request(1, [0], logit_bias={128: 1.0}), "token id 128"),
     (executor_request(1, [0] * 30, max_tokens=11), "context length of 40; max_tokens can be 10 at most"),
     (executor_request(1, [0] * 40, max_tokens=1), "the prompt must be shortened"),
     (executor_request(1, [0] * 20, max_tokens=14), "need 9 blocks of 4 tokens, the pool of an instance "

@@ -10,7 +10,7 @@ import pytest
 import disagg_mpi
 from disagg_mpi.config import convert
 from disagg_mpi.errors import ConfigError
-from disagg_mpi.request import Choice, Request, Result, SamplingParams, Timing, TokenEvent
+from disagg_mpi.request import Choice, Guided, Request, Result, SamplingParams, Timing, TokenEvent
 
 
 @pytest.mark.parametrize(("params", "text"), [
@@ -40,6 +40,20 @@ from disagg_mpi.request import Choice, Request, Result, SamplingParams, Timing, 
     ({"seed": 2**63}, "seed"),
     ({"seed": 1.5}, "seed"),
     ({"logprobs": 21}, "logprobs is 21; it must be between 0 and 20"),
+    ({"prompt_logprobs": 21}, "prompt_logprobs is 21; it must be between 0 and 20"),
+    ({"prompt_logprobs": 1.0}, "prompt_logprobs"),
+    ({"bad": "word"}, r"bad is 'word'; it must be a tuple of texts"),
+    ({"bad": ("",)}, "bad"),
+    ({"bad_token_ids": (1, 2)}, "bad_token_ids"),
+    ({"bad_token_ids": ((),)}, "none empty"),
+    ({"bad_token_ids": ((1, True),)}, "bad_token_ids"),
+    ({"bad_token_ids": ((1,),) * 1000, "bad": ("a",) * 25}, "1025 sequences; together they may hold 1024"),
+    ({"logit_bias": {"1": 2.0}}, "logit_bias"),
+    ({"logit_bias": {1: float("nan")}}, "logit_bias"),
+    ({"logit_bias": {1: float("inf")}}, "logit_bias"),
+    ({"logit_bias": {1: 10**400}}, "logit_bias"),
+    ({"logit_bias": [1]}, "logit_bias"),
+    ({"guided": "a+"}, "guided is 'a\\+'; it must be a Guided"),
     ({"n": 0}, "n is 0"),
     ({"n": None}, "n is None"),
 ])
@@ -50,7 +64,9 @@ def test_bad_sampling_parameters_are_named(params: dict[str, Any], text: str) ->
 
 @pytest.mark.parametrize("params", [
     {}, {"temperature": 1}, {"stop": ["a", "é"]}, {"seed": 0}, {"seed": 2**63 - 1}, {"logprobs": 0},
-    {"top_k": 10**9}, {"min_tokens": 64}, {"presence_penalty": -2}])
+    {"top_k": 10**9}, {"min_tokens": 64}, {"presence_penalty": -2}, {"bad": ("a",)},
+    {"bad_token_ids": ((1,), (2, 3))}, {"logit_bias": {0: 1, 7: -100.0}}, {"prompt_logprobs": 0},
+    {"guided": Guided(choice=("a", "b"))}, {"guided": Guided(json="{}")}])
 def test_good_sampling_parameters_travel(params: dict[str, Any]) -> None:
     made = SamplingParams(**params)
     back = msgspec.msgpack.decode(msgspec.msgpack.encode(made), type=SamplingParams)
@@ -60,6 +76,29 @@ def test_good_sampling_parameters_travel(params: dict[str, Any]) -> None:
 def test_unknown_sampling_parameters_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"top_q.*Known keys"):
         convert({"top_q": 1}, SamplingParams, "here")
+
+
+@pytest.mark.parametrize(("given", "text"), [
+    ({}, "exactly one of json, regex, choice, grammar; found none"),
+    ({"json": "{}", "regex": "a"}, "found json and regex"),
+    ({"regex": ""}, "guided.regex is ''; it must be a text that is not empty"),
+    ({"json": {"type": "object"}}, "guided.json"),
+    ({"grammar": "\ud800"}, "guided.grammar"),
+    ({"choice": ()}, "at least one"),
+    ({"choice": "ab"}, "guided.choice"),
+    ({"choice": ("a", "")}, "guided.choice"),
+    ({"regex": "é" * 2**15 + "a"}, "guided.regex has 65537 bytes; it may have 65536 at most"),
+])
+def test_a_guide_that_cannot_be_is_named(given: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Guided(**given)
+
+
+def test_token_ids_of_a_file_are_texts() -> None:
+    made = convert({"logit_bias": {"5": -1}, "guided": {"regex": "a"}}, SamplingParams, "here")
+    assert made == SamplingParams(logit_bias={5: -1.0}, guided=Guided(regex="a"))
+    with pytest.raises(ConfigError, match="here"):
+        convert({"logit_bias": {"five": -1}}, SamplingParams, "here")
 
 
 @pytest.mark.parametrize("given", [
