@@ -64,9 +64,9 @@ def locate(models: Sequence[Parameters], processing: Sequence[Parameters]) -> Lo
         found = _checked(tokenizers[0][0], _TOKENIZER, tokenizers[0][1])
     elif engines:
         folder = next(iter(engines.values())).folder
-        raise ConfigError(f"{folder} is an engine of TensorRT-LLM, which only TensorRT-LLM can load; set "
-                          f"{_PATH} of {' and '.join(engines)} to a Hugging Face directory of the same model, or "
-                          f"{_TOKENIZER} of preprocessing to it")
+        raise ConfigError(f"{folder} is an engine of TensorRT-LLM, which nothing else can load; set "
+                          f"{_PATH} of {' and '.join(engines)} to a Hugging Face directory of the same "
+                          f"model, or {_TOKENIZER} of preprocessing to it")
     else:
         return Location(None, engines)
     remarks = [f"{name}: {_PATH} is an engine of TensorRT-LLM; the weights are those of {found}"

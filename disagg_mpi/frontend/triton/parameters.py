@@ -21,7 +21,8 @@ class Parameters:
 
     def __init__(self, file: ConfigFile) -> None:
         self.file = file
-        self._values = {key: value.string_value.strip() for key, value in file.config.parameters.items()}
+        parameters = sorted(file.config.parameters.items())  # protobuf's maps have no order
+        self._values = {key: value.string_value.strip() for key, value in parameters}
         self._asked: set[str] = set()
 
     def text(self, name: str) -> str | None:

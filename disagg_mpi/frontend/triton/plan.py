@@ -7,7 +7,6 @@ one value for some things that context and generation may each say: the larger h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -148,7 +147,7 @@ def _role_keys(kind: Kind, model: Parameters, engine: EngineShape | None,
     """The keys of :class:`JobConfig` that shape the instances of ``model``."""
     keys = role_keys(kind.value)
     values: tuple[tuple[Instance, ...] | None, str | None, str | None]
-    if keys[0] in given:  # shapes were typed: only ids are the repository's
+    if set(keys) & set(given):  # typed ranks win as they are: only other ids are the repository's
         values = (None, model.text("participant_ids"), model.text("gpu_device_ids"))
     else:
         placement = place(model, engine)
@@ -206,9 +205,9 @@ def _in_their_words(text: str, ranked: Mapping[Kind, Parameters]) -> str:
     """Options for ids, as the topology's errors name them, as parameters of the models."""
     for kind, model in ranked.items():
         for id_kind, parameter in _PARAMETER_OF.items():
-            option = re.escape(f"--{kind}-{id_kind}-ids")
-            text = re.sub(rf'{option} ("[^"]*")', rf"{parameter} \1 in {model.file.short}", text)
-            text = re.sub(option, f"{parameter} in {model.file.short}", text)
+            option = f"--{kind}-{id_kind}-ids"
+            text = text.replace(f'{option} "', f'{model.file.short} {parameter} "')
+            text = text.replace(option, f"{parameter} of {model.file.short}")
     return text
 
 

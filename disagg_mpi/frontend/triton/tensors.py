@@ -55,13 +55,14 @@ def tensor_names(wiring: Wiring) -> TensorNames:
     for model, takes, gives in steps_of(wiring.ensemble):
         kind = wiring.kind_of(model)
         assert kind is not None, "every step's model is wired"
-        for inner, outer in takes.items():
+        for inner, outer in sorted(takes.items()):  # protobuf's maps have no order
             inputs.setdefault(outer, _input_name(kind, inner))
-        for inner, outer in gives.items():
+        for inner, outer in sorted(gives.items()):
             if outer in declared_out:  # others only go from step to step
                 outputs.setdefault(_output_name(kind, inner), outer)
     found = TensorNames({name: inputs.get(name, name) for name in declared_in}, outputs)
-    missing = [name for name in _NEEDED_INPUTS if name not in found.inputs.values()]
+    fed = {ours for name, ours in inputs.items() if name in declared_in}
+    missing = [name for name in _NEEDED_INPUTS if name not in fed]
     if missing or _NEEDED_OUTPUT not in found.outputs:
         name = missing[0] if missing else _NEEDED_OUTPUT
         raise ConfigError(f"{wiring.ensemble.path}: no {'input' if missing else 'output'} of the ensemble "
