@@ -60,7 +60,7 @@ test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs tests/hosts -m "jobs and not openmpi_only"
 
 lint: $(VENV)/.test
-	$(VENV)/bin/ruff check disagg_mpi examples tests benchmarks
+	$(VENV)/bin/ruff check disagg_mpi examples scripts tests benchmarks
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports
 

@@ -24,7 +24,7 @@ from typing import Any, Self
 
 import click
 
-from disagg_mpi.comm.environment import Family, count_cores, detect_mpi, launcher_context
+from disagg_mpi.comm.environment import Family, MpiInstall, count_cores, detect_mpi, launcher_context
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
 
@@ -63,10 +63,20 @@ def launch(num_ranks: int, mpirun_args: tuple[str, ...], dry_run: bool,
     if dry_run:
         click.echo(line.text)
         return
+    tell_line(line)
+    sys.exit(run_line(line, sigint_as=sigint_of(install)))
+
+
+def tell_line(line: LaunchLine) -> None:
+    """Say what will run, and why it is so."""
     for note in line.notes:
         click.echo(f"# {note}", err=True)
     click.echo(f"+ {line.text}", err=True)
-    sys.exit(run_line(line, sigint_as=_SIGINT_AS.get(install.family, signal.SIGINT)))
+
+
+def sigint_of(install: MpiInstall) -> signal.Signals:
+    """What the mpirun of ``install`` is to be sent for a Ctrl-C."""
+    return _SIGINT_AS.get(install.family, signal.SIGINT)
 
 
 def run_line(line: LaunchLine, sigint_as: signal.Signals = signal.SIGINT) -> int:

@@ -170,6 +170,14 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
         raise ConfigError(f"{where}: {error}") from None
 
 
+def job_keys(options: Mapping[str, Any]) -> dict[str, Any]:
+    """What file and options say of the job, as keys of :class:`JobConfig`: for a base that they change."""
+    file = options.get("config_file")
+    typed = {key: value for key, value in options.items() if value is not None}
+    said = {**(read_toml(file) if file is not None else {}), **typed}
+    return {field.name: said[field.name] for field in msgspec.structs.fields(JobConfig) if field.name in said}
+
+
 def _choose_roles(given: Mapping[str, Any], job: dict[str, Any]) -> None:
     """Take out of the file's ``job`` what the roles asked for on the command line outweigh."""
     split = [*role_keys("context"), *role_keys("generation")]

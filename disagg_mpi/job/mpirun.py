@@ -36,10 +36,12 @@ class LaunchLine(msgspec.Struct, frozen=True):
 
 def compose(install: MpiInstall, num_ranks: int, command: Sequence[str],
             context: LauncherContext, *, cores: int, extra_args: Sequence[str] = (),
-            environ: Mapping[str, str] | None = None, uid: int | None = None) -> LaunchLine:
+            oversubscribe: bool = False, environ: Mapping[str, str] | None = None,
+            uid: int | None = None) -> LaunchLine:
     """The line that starts ``command`` as ``num_ranks`` ranks.
 
-    ``cores`` are those of one host, as ``comm.environment.count_cores`` counts them. ``extra_args``
+    ``cores`` are those of one host, as ``comm.environment.count_cores`` counts them. More ranks than
+    that share them; ``oversubscribe`` lets them share also where it does not look so. ``extra_args``
     go to ``mpirun`` as they are, last, so that they win. ``environ`` and ``uid`` default to this
     process.
     """
@@ -59,7 +61,7 @@ def compose(install: MpiInstall, num_ranks: int, command: Sequence[str],
     notes: list[str] = []
     arrange = {"openmpi": _openmpi, "intel": _intel}.get(install.family)
     if arrange is not None:
-        added, notes = arrange(install, num_ranks, context, cores, env, user)
+        added, notes = arrange(install, num_ranks, context, cores, oversubscribe, env, user)
     elif install.family == "unknown":
         notes.append(
             f"{install.mpirun} is {FAMILY_NAMES['unknown']}: nothing was added to its line")
@@ -97,7 +99,7 @@ _Arranged = tuple[dict[str, str], list[str]]
 
 
 def _openmpi(install: MpiInstall, num_ranks: int, context: LauncherContext, cores: int,
-             env: Mapping[str, str], user: int) -> _Arranged:
+             oversubscribe: bool, env: Mapping[str, str], user: int) -> _Arranged:
     added: dict[str, str] = {}
     notes: list[str] = []
     if user == 0:
@@ -107,13 +109,15 @@ def _openmpi(install: MpiInstall, num_ranks: int, context: LauncherContext, core
         added["HOME"] = "/root" if user == 0 and os.path.isdir("/root") else "/tmp"
     slurm = context.slurm
     slots = cores if slurm is None else slurm.num_tasks
-    if slots is not None and num_ranks > slots:
+    are_more = slots is not None and num_ranks > slots
+    if oversubscribe or are_more:
         added["PRTE_MCA_rmaps_default_mapping_policy"] = "slot:oversubscribe"
         added["PRTE_MCA_hwloc_default_binding_policy"] = "none"
         where = f"{slots} cores"
         if slurm is not None:
             where = f"the {slots} tasks of Slurm job {slurm.job_id}"
-        notes.append(f"{num_ranks} ranks on {where}: they share, and are not bound")
+        if are_more:
+            notes.append(f"{num_ranks} ranks on {where}: they share, and are not bound")
     elif num_ranks <= 2:
         # Open MPI binds one or two ranks to one core each, and all their compute threads with them;
         # from three ranks on it binds to packages, which is what we want.
@@ -122,12 +126,12 @@ def _openmpi(install: MpiInstall, num_ranks: int, context: LauncherContext, core
 
 
 def _intel(install: MpiInstall, num_ranks: int, context: LauncherContext, cores: int,
-           env: Mapping[str, str], user: int) -> _Arranged:
+           oversubscribe: bool, env: Mapping[str, str], user: int) -> _Arranged:
     added: dict[str, str] = {}
     # mpirun is a script that looks its own programs up on PATH.
     folder = str(Path(install.mpirun or "").parent)
     if folder not in env.get("PATH", "").split(os.pathsep):
         added["PATH"] = os.pathsep.join([folder, env.get("PATH", os.defpath)])
-    if num_ranks > cores:
+    if oversubscribe or num_ranks > cores:
         added["I_MPI_PIN"] = "off"
     return added, []
