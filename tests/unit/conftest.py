@@ -36,7 +36,7 @@ def jobs(tiny_llama: Path) -> Iterator[Any]:
 
 @pytest.fixture
 def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """``serve(*roles, **options)`` makes a :class:`serving.ServedJob` of the tiny model; closed at the end."""
+    """``serve(*roles, **options)`` makes a :class:`serving.ServedJob`; closed at the end."""
     from serving import ServedJob, save_ascii_tokenizer
 
     tokenizer = save_ascii_tokenizer(tmp_path_factory.mktemp("ascii"))

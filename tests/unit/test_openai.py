@@ -53,7 +53,8 @@ def answer(job: ServedJob, path: str, body: Any) -> Any:
 
 def expected(job: ServedJob, prompt: str, **sampling: Any) -> Any:
     """What the orchestrator itself makes of it."""
-    return job.job.orchestrator.submit(prompt, SamplingParams(**{"max_tokens": 8, **sampling})).result(PATIENCE)
+    params = SamplingParams(**{"max_tokens": 8, **sampling})
+    return job.job.orchestrator.submit(prompt, params).result(PATIENCE)
 
 
 @pytest.fixture
@@ -195,7 +196,8 @@ def test_usage_in_a_stream(job: ServedJob) -> None:
 def test_logprobs_in_a_stream_are_those_of_the_whole(job: ServedJob) -> None:
     body = GREEDY | {"logprobs": 2}
     whole = answer(job, COMPLETIONS, body)["choices"][0]["logprobs"]
-    pieces = [e["choices"][0]["logprobs"] for e in events_of(post(job, COMPLETIONS, body | {"stream": True}).text)]
+    events = events_of(post(job, COMPLETIONS, body | {"stream": True}).text)
+    pieces = [event["choices"][0]["logprobs"] for event in events]
     for name in whole:
         assert [item for piece in pieces for item in piece[name]] == whole[name]
 
@@ -243,7 +245,8 @@ def test_a_chats_stream_begins_with_the_role(job: ServedJob) -> None:
 
 def test_a_chats_logprobs(job: ServedJob) -> None:
     result = expected(job, "user: hello\nassistant: ", logprobs=2)
-    content = answer(job, CHAT, HELLO | {"logprobs": True, "top_logprobs": 2})["choices"][0]["logprobs"]["content"]
+    (choice,) = answer(job, CHAT, HELLO | {"logprobs": True, "top_logprobs": 2})["choices"]
+    content = choice["logprobs"]["content"]
     assert "".join(item["token"] for item in content) == result.text
     assert [item["bytes"] for item in content] == [[token] for token in result.token_ids]
     assert all(len(item["top_logprobs"]) == 2 for item in content)
@@ -399,7 +402,8 @@ def test_sampling_fields_reach_the_engine() -> None:
 
 @pytest.mark.parametrize(("fields", "name", "field", "value"), [
     ({"logit_bias": {"5": -100}}, "logit_bias", "logit_bias", {5: -100.0}),
-    ({"response_format": {"type": "json_object"}}, "response_format", "guided", {"json": '{"type": "object"}'}),
+    ({"response_format": {"type": "json_object"}}, "response_format", "guided",
+     {"json": '{"type": "object"}'}),
     ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "null"}}}},
      "response_format", "guided", {"json": '{"type":"null"}'}),
     ({"guided_json": {"type": "null"}}, "guided_json", "guided", {"json": '{"type":"null"}'}),
@@ -445,7 +449,8 @@ def test_echoed_logprobs_begin_with_null_and_cover_prompt_and_output(job: Served
 
 
 def test_tokens_that_are_half_a_character_are_spelt_in_bytes() -> None:
-    tokenizer: Any = SimpleNamespace(is_byte_level=True, byte_table=lambda skip: {1: b"\xe2\x82", 2: "é".encode()})
+    bytes_of = {1: b"\xe2\x82", 2: "é".encode()}
+    tokenizer: Any = SimpleNamespace(is_byte_level=True, byte_table=lambda skip: bytes_of)
     spelling = Spelling(tokenizer)
     assert spelling.text_of(1) == "bytes:\\xe2\\x82"
     assert spelling.text_of(2) == "é"
