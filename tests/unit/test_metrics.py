@@ -1,4 +1,4 @@
-"""What a server tells of itself: snapshot, statistics, metrics as Prometheus' own parser reads them, health."""
+"""What a server tells of itself: snapshot, statistics, health, metrics as Prometheus itself reads them."""
 
 from __future__ import annotations
 

@@ -32,8 +32,8 @@ def options(**given: Any) -> ServeOptions:
 
 def test_a_file_serves_several_commands(tmp_path: Path) -> None:
     file = tmp_path / "job.toml"
-    file.write_text('context = 2\n[sampling]\nmax_tokens = 9\n[run]\nprompt = "a"\n[serve]\nhttp_port = 9000\n'
-                    'max_n = 3\n')
+    file.write_text('context = 2\n[sampling]\nmax_tokens = 9\n[run]\nprompt = "a"\n'
+                    '[serve]\nhttp_port = 9000\nmax_n = 3\n')
     found = settings_of({"config_file": file, "metrics_port": 9001, "api_key": None}, "serve")
     assert found.command == {"http_port": 9000, "max_n": 3, "metrics_port": 9001}
     assert found.job.context == 2

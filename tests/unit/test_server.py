@@ -266,8 +266,12 @@ def test_a_key_is_asked_for_everywhere_but_at_health_and_metrics(serve: Any) -> 
 
 def test_without_a_key_any_is_ignored(job: ServedJob) -> None:
     url = job.listen()
-    for headers in ({"authorization": "Bearer "}, {"authorization": "Bearer x"}, {"x-api-key": "x"}):
+    for headers in ({"authorization": "Bearer"}, {"authorization": "Bearer x"}, {"x-api-key": "x"}):
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+    # An empty bearer token, as openai's client sends it with an empty key; httpx refuses to.
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as found:
+        found.sendall(b"GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer \r\n\r\n")
+        assert found.recv(65536).startswith(b"HTTP/1.1 200")
 
 
 # ---- start and end ----
@@ -352,8 +356,6 @@ def test_after_the_grace_time_streams_are_cancelled_and_told_so(job: ServedJob) 
     def read() -> None:
         with httpx.Client(base_url=url, timeout=PATIENCE) as client:
             found.append(client.post("/v1/completions", json=LONG))
-        with httpx.Client(base_url=url, timeout=PATIENCE) as client:
-            found.append(client.get("/health"))
 
     job.job.pause()
     reader = threading.Thread(target=read, daemon=True)
