@@ -58,6 +58,10 @@ class RequestError(DisaggError):
     """One request cannot be served; the job goes on."""
 
 
+class OverloadedError(RequestError):
+    """As many requests are open as the server takes; the same one may be tried again later."""
+
+
 class JobFailed(DisaggError):
     """The job cannot go on: a rank failed, or the orchestrator has shut down."""
 

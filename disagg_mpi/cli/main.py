@@ -19,6 +19,7 @@ from disagg_mpi.job import guards
 
 _COMMANDS = {
     "run": "Answer prompts: one, many, or a file of them.",
+    "serve": "Answer HTTP clients: the OpenAI API, metrics, health.",
     "launch": "Start mpirun with what the MPI at hand needs.",
     "layout": "Show which rank does what, and the memory it takes.",
     "doctor": "Say what this MPI and this machine can do.",

@@ -1,7 +1,8 @@
 """Options that several commands share, and how they meet the configuration file.
 
 The file's top level holds :class:`JobConfig`'s keys, its table ``[sampling]`` those of
-:class:`SamplingParams`, and ``[run]`` those of the ``run`` command. What is given on the command line wins.
+:class:`SamplingParams`, and ``[run]`` and ``[serve]`` those of the commands. What is given on the command
+line wins.
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import msgspec
 from disagg_mpi.config import ROLE_NAMES, JobConfig, convert, read_toml, role_keys
 from disagg_mpi.errors import ConfigError
 from disagg_mpi.request import SamplingParams
+
+COMMAND_TABLES = ("run", "serve")
+"""Tables that are a command's own; one file may serve several commands."""
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -133,10 +137,11 @@ class Settings(msgspec.Struct, frozen=True):
 
     job: JobConfig
     sampling: SamplingParams
-    run: dict[str, Any]
+    command: dict[str, Any]
+    """What is neither: the command's own table."""
 
 
-def settings_of(options: Mapping[str, Any]) -> Settings:
+def settings_of(options: Mapping[str, Any], command: str = "run") -> Settings:
     """Merge the configuration file, if one is given, with the options that were given.
 
     ``options``: a command's keyword arguments; those that are ``None`` or empty were not given.
@@ -150,7 +155,7 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
     where = str(file) if file is not None else "options"
     tables = read_toml(file) if file is not None else {}
     sampling = _table(tables, "sampling", where)
-    run = _table(tables, "run", where)
+    own = {name: _table(tables, name, where) for name in COMMAND_TABLES}[command]
     sampling_names = {field.name for field in msgspec.structs.fields(SamplingParams)}
     job = dict(tables)
     _choose_roles(given, job)
@@ -160,10 +165,10 @@ def settings_of(options: Mapping[str, Any]) -> Settings:
         elif key in sampling_names:
             sampling[key] = value
         else:
-            run[key] = value
+            own[key] = value
     try:
         return Settings(convert(job, JobConfig, where),
-                        convert(sampling, SamplingParams, f"{where} [sampling]"), run)
+                        convert(sampling, SamplingParams, f"{where} [sampling]"), own)
     except ConfigError as error:
         if file is None or str(file) in str(error):
             raise

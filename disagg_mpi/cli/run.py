@@ -72,7 +72,7 @@ def run(**options: Any) -> int:
       output = "out.jsonl"
     """
     settings = settings_of(options)
-    run_table = dict(settings.run)
+    run_table = dict(settings.command)
     if isinstance(run_table.get("prompt"), str):
         run_table["prompt"] = (run_table["prompt"],)
     run_options = convert(run_table, RunOptions, "[run]")

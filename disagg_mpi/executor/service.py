@@ -24,6 +24,10 @@ from disagg_mpi.comm.waiting import ACTIVE_SLEEP, Waiter
 from disagg_mpi.executor.base import Executor
 from disagg_mpi.topology import ORCHESTRATOR_RANK
 
+# A leader at work lets rank 0 hear of it this often, whether or not a request has come to a token: a long
+# prompt on a CPU takes minutes, and must not look like a rank that hangs.
+HEARTBEAT_SECONDS = 5.0
+
 # How long a step may wait for its message to be taken; small ones are gone at once.
 _SEND_SECONDS = 0.002
 
@@ -39,6 +43,7 @@ class LeaderService:
         self._channel = channel
         self._waiter = waiter
         self.stopping = False
+        self._said_at = 0.0
 
     def announce(self, ways: dict[int, str]) -> None:
         """Tell rank 0 that requests can come, and how KV-cache comes here from each context instance."""
@@ -63,7 +68,9 @@ class LeaderService:
             self._take(message)
         worked = self._executor.advance()
         responses = self._executor.take_ready()
-        if responses:
+        now = time.monotonic()
+        if responses or (worked and now - self._said_at > HEARTBEAT_SECONDS):
+            self._said_at = now
             self._channel.send(ORCHESTRATOR_RANK, Step(self._instance_id, responses))
             # A large message (logits) moves only while we call MPI, and the next step is long.
             self._channel.flush(timeout=_SEND_SECONDS)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from disagg_mpi.errors import ConfigError
 from disagg_mpi.model.tokenizer import Tokenizer
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
 
@@ -22,8 +23,17 @@ class ServerLimits(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_n: int = 16
     max_open_requests: int = 512
     """Sequences that are open at once; beyond it, 429 and UNAVAILABLE."""
+    max_connections: int = 1024
+    """TCP connections to the HTTP port that are open at once."""
     header_seconds: float = 10.0
     """Within which a request's head must be there."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_prompt_tokens", "max_n", "max_open_requests", "max_connections",
+                     "header_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} is {value}; it must be more than 0")
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,9 @@ _DRAIN_SECONDS = 0.1
 # (9 of 10 jobs), and nothing when that rank is the last (0 of 10): rank 0 exits this much later.
 _LAST_EXIT_SECONDS = 0.3
 
+# A server's job gives its clients a while to get their answers: see allow_grace.
+_grace_seconds = 0.0
+
 _WATCHDOG = "disagg_mpi signals"
 _PR_SET_PDEATHSIG = 1
 
@@ -143,6 +146,12 @@ def leave() -> None:
     """The job is over on this rank: from now on it may exit when it likes."""
     if _job is not None:
         _job.has_left = True
+
+
+def allow_grace(seconds: float) -> None:
+    """Have workers live on for so much longer after SIGTERM. Every rank calls it before the job starts."""
+    global _grace_seconds
+    _grace_seconds = seconds
 
 
 def fatal(label: str, error: BaseException) -> NoReturn:
@@ -358,7 +367,7 @@ def _watch_root(reader: socket.socket) -> None:
 def _watch_worker(reader: socket.socket) -> None:
     """Abort if this worker is still there a while after SIGTERM."""
     _wait_for_signal(reader, {signal.SIGTERM}, None)
-    time.sleep(_TERMINATE_SECONDS)
+    time.sleep(_grace_seconds + _TERMINATE_SECONDS)
     _abort(EXIT_TERMINATED)
 
 

@@ -183,7 +183,7 @@ class _Job:
                 ways.update(message.ways.values())
                 instances.append(InstanceView(
                     group.instance_id, group.role, group.name, rank, message.limits, message.ways,
-                    message.pool if self.config.prefix_cache else ""))
+                    message.pool if self.config.prefix_cache else "", group.ranks))
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
         if ways:

@@ -27,10 +27,12 @@ from disagg_mpi.config import DEFAULT_OVERLAP_TOKENS, RouterName
 from disagg_mpi.executor.validate import blocks_reserved, problem_with
 from disagg_mpi.orchestrator.prefix_index import PrefixIndex
 from disagg_mpi.orchestrator.router import LocalContext, hit_tokens, pick_context, pick_generation
+from disagg_mpi.orchestrator.snapshot import InstanceSnapshot, take_snapshot
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
 from disagg_mpi.prefix import BlockHasher
 from disagg_mpi.request import (
     GIVEN_UP,
+    ExecutorLimits,
     ExecutorRequest,
     FinishReason,
     PhaseTiming,
@@ -77,7 +79,7 @@ class Dispatcher:
     # ---- events ----
 
     def submit(self, entry: Entry) -> None:
-        problem = problem_with(entry.request, self._generation[0].limits)
+        problem = problem_with(entry.request, self.limits)
         self._table[entry.id] = entry
         if problem is not None:
             self._end(entry, Response(request_id=entry.id, error=problem, finish_reason="error"))
@@ -108,7 +110,7 @@ class Dispatcher:
     def on_step(self, step: Step) -> None:
         """A leader's report of one step."""
         instance = self._instances[step.instance_id]
-        now = time.monotonic()
+        now = instance.heard_at = time.monotonic()
         for response in step.responses:
             entry = self._table.get(response.request_id)
             if entry is not None:
@@ -148,6 +150,18 @@ class Dispatcher:
     @property
     def leaders(self) -> list[int]:
         return [instance.leader for instance in self._instances.values()]
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What a request must fit into: see :func:`~disagg_mpi.executor.validate.problem_with`."""
+        return self._generation[0].limits
+
+    def snapshot(self) -> tuple[list[InstanceSnapshot], dict[str, int]]:
+        """The ledger as it is, and how many requests are in each phase. The one method for any thread.
+
+        It reads without a lock: each figure was right at some moment of the call, not all at the same one.
+        """
+        return take_snapshot(list(self._instances.values()), list(self._table.values()), time.monotonic())
 
     def instance_name(self, instance_id: int) -> str:
         return self._instances[instance_id].name
@@ -196,7 +210,7 @@ class Dispatcher:
         """Choose the instances and start the context phase; ``False`` if no generation instance has room."""
         request = entry.request
         length = len(request.prompt_token_ids)
-        limits = self._generation[0].limits
+        limits = self.limits
         count = blocks_reserved(limits, length, request.sampling.max_tokens)
         if pick_generation(self._generation, count) is None:
             return False  # asked each turn while the head of the queue waits: before anything is hashed
@@ -246,7 +260,7 @@ class Dispatcher:
 
     def _start(self, entry: Entry, context: InstanceView, generation: InstanceView) -> None:
         """Send it to those who have a part in it now."""
-        entry.holders = [context]
+        entry.holders, entry.given_at = [context], time.monotonic()
         if context is generation:
             self._enqueue(entry, context, RequestType.CONTEXT_AND_GENERATION)
             return
@@ -303,7 +317,7 @@ class Dispatcher:
         generation = entry.generation
         assert generation is not None and response.context_phase_params is not None
         entry.state = State.HANDOVER
-        entry.holders = [generation]
+        entry.holders, entry.given_at = [generation], time.monotonic()
         if entry.is_early:
             self._proceeds.append((generation.leader, Proceed(entry.id, response.context_phase_params)))
         else:

@@ -2,6 +2,9 @@
 
 A handle is made by ``Orchestrator.submit`` in the caller's thread and fed by the pump thread. Its events
 can be read once, by a plain ``for`` or by an ``async for``; the result any number of times.
+
+Events for asyncio go through one :class:`LoopFeed` a loop, which the orchestrator makes with the first such
+handle and keeps: however many requests a step has tokens for, the loop is woken once.
 """
 
 from __future__ import annotations
@@ -9,6 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import Future, InvalidStateError
 from typing import Any
@@ -17,6 +22,38 @@ from disagg_mpi.orchestrator.table import Entry
 from disagg_mpi.request import Choice, FinishReason, Request, Response, Result, TokenEvent
 
 _Event = TokenEvent | None  # None: no more
+
+
+class LoopFeed:
+    """Carries events from the pump thread to the handles' readers in one event loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = weakref.ref(loop)
+        self._waiting: deque[tuple[asyncio.Queue[_Event], _Event]] = deque()
+        self._is_called = False
+
+    def push(self, inbox: asyncio.Queue[_Event], event: _Event) -> None:
+        """On the pump thread."""
+        self._waiting.append((inbox, event))
+        if self._is_called:  # it has not looked yet, or will look again: see _deliver
+            return
+        self._is_called = True
+        loop = self._loop()
+        try:
+            if loop is not None:
+                loop.call_soon_threadsafe(self._deliver)
+                return
+        except RuntimeError:  # the loop is closed
+            pass
+        self._waiting.clear()  # nobody reads
+
+    def _deliver(self) -> None:
+        """In the loop."""
+        self._is_called = False  # before the look: what comes after it calls anew
+        with contextlib.suppress(IndexError):
+            while True:
+                inbox, event = self._waiting.popleft()
+                inbox.put_nowait(event)
 
 
 class RequestHandle:
@@ -28,7 +65,7 @@ class RequestHandle:
         request_id: int,
         prompt_token_ids: list[int],
         cancel: Callable[[], None],
-        loop: asyncio.AbstractEventLoop | None,
+        feed: LoopFeed | None,
     ) -> None:
         self.request = request
         self.request_id = request_id
@@ -41,7 +78,7 @@ class RequestHandle:
         self._future: Future[Result] = Future()
         # "Running" cannot be cancelled: a task that stops waiting leaves the result to the others.
         self._future.set_running_or_notify_cancel()
-        self._loop = loop
+        self._feed = feed
         self._sync: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._async: asyncio.Queue[_Event] = asyncio.Queue()
 
@@ -63,7 +100,7 @@ class RequestHandle:
         self._future.add_done_callback(lambda _: function(self))
 
     def __iter__(self) -> Iterator[TokenEvent]:
-        if self._loop is not None:
+        if self._feed is not None:
             raise RuntimeError("this handle was made for asyncio: read it with `async for`")
         while (event := self._sync.get()) is not None:
             yield event
@@ -71,12 +108,29 @@ class RequestHandle:
         self.result()  # raises if the job failed
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
-        if self._loop is None:
+        async for events in self.steps():
+            for event in events:
+                yield event
+
+    async def steps(self) -> AsyncIterator[list[TokenEvent]]:
+        """As ``async for``, but all that has come since the last look at once: at least one event."""
+        if self._feed is None:
             raise RuntimeError("this handle was not made for asyncio: call stream() in the loop, "
                                "or give submit() its loop")
-        while (event := await self._async.get()) is not None:
-            yield event
-        self._async.put_nowait(None)  # for whoever reads again
+        inbox = self._async
+        is_over = False
+        while not is_over:
+            event = await inbox.get()
+            events: list[TokenEvent] = []
+            while event is not None:
+                events.append(event)
+                if inbox.empty():
+                    break
+                event = inbox.get_nowait()
+            is_over = event is None
+            if events:
+                yield events
+        inbox.put_nowait(None)  # for whoever reads again
         self.result(0)
 
     def __await__(self) -> Generator[Any, None, Result]:
@@ -123,8 +177,7 @@ class RequestHandle:
         self._push(None)
 
     def _push(self, event: _Event) -> None:
-        if self._loop is None:
+        if self._feed is None:
             self._sync.put(event)
         else:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads
-                self._loop.call_soon_threadsafe(self._async.put_nowait, event)
+            self._feed.push(self._async, event)

@@ -16,6 +16,7 @@ import queue
 import random
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
@@ -27,9 +28,10 @@ from disagg_mpi.comm.messages import IntegrityCheck, IntegrityReport, Shutdown, 
 from disagg_mpi.comm.waiting import RINGABLE_SLEEP, Doorbell, Waiter
 from disagg_mpi.errors import DisaggError, IntegrityError, JobFailed, RequestError
 from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
-from disagg_mpi.orchestrator.handle import RequestHandle
+from disagg_mpi.orchestrator.handle import LoopFeed, RequestHandle
+from disagg_mpi.orchestrator.snapshot import JobSnapshot
 from disagg_mpi.orchestrator.table import Entry, InstanceView, find_shared_blocks
-from disagg_mpi.request import ExecutorRequest, PoolBlocks, Request, Result, SamplingParams
+from disagg_mpi.request import ExecutorLimits, ExecutorRequest, PoolBlocks, Request, Result, SamplingParams
 
 Prompt = str | Sequence[int] | Request
 
@@ -61,6 +63,8 @@ class Orchestrator:
         self._commands: deque[Callable[[], None]] = deque()
         self._ids = itertools.count(1)
         self._handles: dict[int, RequestHandle] = {}
+        self._feeds: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopFeed] = (
+            weakref.WeakKeyDictionary())
         self._checks: dict[int, queue.SimpleQueue[IntegrityReport]] = {}
         self._failure: BaseException | None = None
         self._closing = False
@@ -97,7 +101,7 @@ class Orchestrator:
         deadline = None if request.deadline is None else time.monotonic() + request.deadline
         ids = [next(self._ids) for _ in range(params.n)]
         handle = RequestHandle(
-            request, ids[0], tokens, lambda: self._cancel(ids), loop)
+            request, ids[0], tokens, lambda: self._cancel(ids), self._feed_of(loop))
         entries = [
             Entry(ExecutorRequest(request_id=request_id, prompt_token_ids=tokens, sampling=params,
                                   sequence_index=index), handle, deadline)
@@ -178,6 +182,26 @@ class Orchestrator:
     def num_open(self) -> int:
         """Requests that are not over."""
         return self._dispatcher.num_open
+
+    @property
+    def limits(self) -> ExecutorLimits:
+        """What a request must fit into: see :func:`~disagg_mpi.executor.validate.problem_with`."""
+        return self._dispatcher.limits
+
+    @property
+    def tokenizer(self) -> PromptEncoder | None:
+        """The model's; ``None`` in a job without a model."""
+        return self._tokenizer
+
+    def snapshot(self) -> JobSnapshot:
+        """What the job is doing. From any thread, and without waiting; cheap: it counts what is open."""
+        instances, phases = self._dispatcher.snapshot()
+        failure = None
+        if self._failure is not None:
+            failure = f"{type(self._failure).__name__}: {self._failure}"
+        elif not self._pump.is_alive() and not self._stopped:
+            failure = "the pump thread has ended"
+        return JobSnapshot(instances=instances, phases=phases, failure=failure, is_closing=self._closing)
 
     def check_integrity(self, timeout: float = 10.0) -> None:
         """Ask every leader for its books; :class:`IntegrityError` names whatever is owned or open.
@@ -291,6 +315,15 @@ class Orchestrator:
     def _submit(self, entries: list[Entry]) -> None:
         for entry in entries:
             self._dispatcher.submit(entry)
+
+    def _feed_of(self, loop: asyncio.AbstractEventLoop | None) -> LoopFeed | None:
+        """One for each loop; its handles are made in the loop's own thread."""
+        if loop is None:
+            return None
+        feed = self._feeds.get(loop)
+        if feed is None:
+            feed = self._feeds[loop] = LoopFeed(loop)
+        return feed
 
     def _forget(self, handle: RequestHandle) -> None:
         self._handles.pop(handle.request_id, None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol
 
@@ -36,11 +36,13 @@ class InstanceView:
     """Rank 0's ledger of one instance: what it has promised of it."""
 
     def __init__(self, instance_id: int, role: Role, name: str, leader: int, limits: ExecutorLimits,
-                 ways: Mapping[int, str] | None = None, pool: str = "") -> None:
+                 ways: Mapping[int, str] | None = None, pool: str = "",
+                 ranks: Sequence[int] = ()) -> None:
         self.id = instance_id
         self.role = role
         self.name = name
         self.leader = leader
+        self.ranks = tuple(ranks) or (leader,)
         self.limits = limits
         self.free_blocks = limits.num_blocks
         """Blocks not promised to any request: never more than the instance has free."""
@@ -52,6 +54,8 @@ class InstanceView:
         """Name of the memory whose prefixes it reuses; empty without a prefix cache."""
         self.prefix: PrefixIndex | None = None
         """What that memory likely holds; instances of one pool share it."""
+        self.heard_at = 0.0
+        """Monotonic time of its leader's last word."""
 
 
 class Sink(Protocol):
@@ -66,8 +70,8 @@ class Entry:
 
     __slots__ = (
         "cancel_reason", "context", "context_holding", "context_tokens", "deadline", "first_token_at",
-        "generation", "hashes", "holders", "is_early", "last_token_at", "num_blocks", "num_tokens", "request",
-        "second_token_at", "sink", "state", "submitted_at", "timing", "verdict",
+        "generation", "given_at", "hashes", "holders", "is_early", "last_token_at", "num_blocks",
+        "num_tokens", "request", "second_token_at", "sink", "state", "submitted_at", "timing", "verdict",
     )
 
     def __init__(self, request: ExecutorRequest, sink: Sink, deadline: float | None) -> None:
@@ -89,6 +93,8 @@ class Entry:
         """Block size → the hashes of the prompt's full blocks."""
         self.holders: list[InstanceView] = []
         """Those who still owe a final response."""
+        self.given_at = 0.0
+        """Monotonic time at which its holders got it."""
         self.is_early = False
         """Whether the generation instance has it while its context phase runs."""
         self.verdict: Response | None = None

@@ -34,6 +34,23 @@ def jobs(tiny_llama: Path) -> Iterator[Any]:
         job.close()
 
 
+@pytest.fixture
+def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """``serve(*roles, **options)`` makes a :class:`serving.ServedJob`; closed at the end."""
+    from serving import ServedJob, save_ascii_tokenizer
+
+    tokenizer = save_ascii_tokenizer(tmp_path_factory.mktemp("ascii"))
+    made: list[ServedJob] = []
+
+    def make(*roles: Any, **options: Any) -> ServedJob:
+        made.append(ServedJob(tiny_llama, tokenizer, *roles, **options))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tiny_llama: Path) -> Iterator[Any]:
     from inprocess import Undisturbed

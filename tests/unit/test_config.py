@@ -107,7 +107,7 @@ def test_a_file_gives_job_sampling_and_run(toml: Any) -> None:
     assert found.job.model == "m"
     assert found.job.context == (Instance(tp=2),)
     assert found.sampling.stop == (".",)
-    assert found.run == {"input": "in.jsonl"}
+    assert found.command == {"input": "in.jsonl"}
 
 
 @pytest.mark.parametrize("text", [
@@ -147,7 +147,7 @@ def test_a_switch_that_is_off_is_a_value_that_was_given(toml: Any) -> None:
     assert not settings(toml("prefix_cache = true\n"), prefix_cache=False).job.prefix_cache
     assert settings(toml("prefix_cache = false\n"), prefix_cache=True).job.prefix_cache
     # A plain flag that was not typed says nothing.
-    assert settings(toml("[run]\nchat = true\n"), chat=False).run == {"chat": True}
+    assert settings(toml("[run]\nchat = true\n"), chat=False).command == {"chat": True}
 
 
 @pytest.mark.parametrize(("name", "section"), [
