@@ -58,6 +58,18 @@ class RequestError(DisaggError):
     """One request cannot be served; the job goes on."""
 
 
+class UnknownModelError(RequestError):
+    """A client names a model or a version that is not served."""
+
+
+class OverloadedError(RequestError):
+    """As many requests are open as may be; the same request can be served later."""
+
+
+class DeadlineError(RequestError):
+    """A request was not over when its deadline passed."""
+
+
 class JobFailed(DisaggError):
     """The job cannot go on: a rank failed, or the orchestrator has shut down."""
 
