@@ -34,6 +34,23 @@ def jobs(tiny_llama: Path) -> Iterator[Any]:
         job.close()
 
 
+@pytest.fixture
+def kserve(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """``kserve(**options)`` makes a :class:`kserving.KserveJob` of the tiny model; closed at the end."""
+    import kserving
+
+    made: list[kserving.KserveJob] = []
+
+    def make(**options: Any) -> kserving.KserveJob:
+        model = request.getfixturevalue("tiny_llama")
+        made.append(kserving.KserveJob(model, tmp_path / "tokenizer", **options))
+        return made[-1]
+
+    yield make
+    for job in made:
+        job.close()
+
+
 @pytest.fixture(scope="session")
 def undisturbed(tiny_llama: Path) -> Iterator[Any]:
     from inprocess import Undisturbed

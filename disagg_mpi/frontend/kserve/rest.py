@@ -203,8 +203,8 @@ class _Api:
         given = request.headers.get(_HEADER_LENGTH, str(len(data)))
         length = int(given) if re.fullmatch("[0-9]{1,18}", given) else -1
         if not 0 <= length <= len(data):
-            raise RequestError(f"{_HEADER_LENGTH} is {given[:32]!r}; it is the length of the JSON that the body "
-                               f"begins with, and the body has {len(data)} bytes")
+            raise RequestError(f"{_HEADER_LENGTH} is {given[:32]!r}; it is the length of the JSON that the "
+                               f"body begins with, and the body has {len(data)} bytes")
         return _decode(data[:length], _Body), memoryview(data)[length:]
 
     async def _read_body(self, request: Request) -> bytes:
