@@ -66,6 +66,10 @@ class OverloadedError(RequestError):
     """As many requests are open as may be; the same request can be served later."""
 
 
+class TooLargeError(RequestError):
+    """A request's body is larger than the server takes."""
+
+
 class DeadlineError(RequestError):
     """A request was not over when its deadline passed."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
 from tritonclient.grpc import model_config_pb2, service_pb2
@@ -17,7 +17,7 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 from disagg_mpi.errors import UnknownModelError
 from disagg_mpi.frontend.kserve import ensemble
 
-ModelConfig = model_config_pb2.ModelConfig
+ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 
 DEFAULT_MAX_BATCH_SIZE = 64
 """Rows of one request to the default ensemble."""
@@ -52,7 +52,9 @@ class Model:
 
     @property
     def max_batch_size(self) -> int:
-        return self.config.max_batch_size
+        """0: it has no batches."""
+        size: int = self.config.max_batch_size
+        return size
 
     def metadata(self) -> service_pb2.ModelMetadataResponse:
         batch = [-1] if self.config.max_batch_size else []

@@ -142,7 +142,7 @@ def _stacked(parts: Sequence[Outgoing]) -> Outgoing:
     if isinstance(first.data, list):
         items = [item for part in parts for item in part.data]
         return Outgoing(first.name, first.datatype, (len(items), *first.shape[1:]), items)
-    arrays = [np.reshape(part.data, part.shape) for part in parts]  # type: ignore[arg-type]
+    arrays: list[Any] = [np.reshape(part.data, part.shape) for part in parts]
     shape = (len(arrays), *(max(sizes) for sizes in zip(*(array.shape[1:] for array in arrays), strict=True)))
     data = np.zeros(shape, arrays[0].dtype)
     for place, array in zip(data, arrays, strict=True):
@@ -162,5 +162,5 @@ def _array(name: str, datatype: str, values: Any) -> Outgoing:
 
 def _matrix(rows: Sequence[bytes]) -> np.ndarray[Any, Any]:
     """Rows of fp32, little endian, as one array of shape (rows, vocabulary)."""
-    data = np.frombuffer(b"".join(rows), "<f4")
-    return data.reshape(len(rows), -1) if rows else data.reshape(0, 0)
+    data: np.ndarray[Any, Any] = np.frombuffer(b"".join(rows), "<f4")
+    return data.reshape(len(rows), len(data) // max(len(rows), 1))

@@ -21,7 +21,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from disagg_mpi import __version__
-from disagg_mpi.errors import DisaggError, RequestError
+from disagg_mpi.errors import DisaggError, RequestError, TooLargeError
 from disagg_mpi.frontend.kserve import rpc, tensors
 from disagg_mpi.frontend.kserve.ensemble import INPUT_OF
 from disagg_mpi.frontend.kserve.models import Model, Models, as_json
@@ -35,10 +35,6 @@ T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
-
-
-class _TooLargeError(RequestError):
-    """A body beyond the limit."""
 
 
 class _Tensor(msgspec.Struct):
@@ -208,7 +204,7 @@ class _Api:
         return _decode(data[:length], _Body), memoryview(data)[length:]
 
     async def _read_body(self, request: Request) -> bytes:
-        """All of it, unpacked. Raises :class:`_TooLargeError` as soon as it is."""
+        """All of it, unpacked. Raises :class:`TooLargeError` as soon as it is."""
         most = self._service.served.limits.max_body_bytes
         chunks, size = [], 0
         async for chunk in request.stream():
@@ -342,8 +338,8 @@ def _unpacked(data: bytes, encoding: str, most: int) -> bytes:
     return unpacked
 
 
-def _too_large(most: int) -> _TooLargeError:
-    return _TooLargeError(f"the body is too large; at most {most} bytes are taken")
+def _too_large(most: int) -> TooLargeError:
+    return TooLargeError(f"the body is too large; at most {most} bytes are taken")
 
 
 async def _unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -376,14 +372,15 @@ def _json(data: Any, status: int = 200, headers: Mapping[str, str] | None = None
     return Response(msgspec.json.encode(data), status, headers, "application/json")
 
 
+_RETRY = {"retry-after": str(RETRY_AFTER_SECONDS)}
+_HEADERS = {429: _RETRY, 503: _RETRY, 413: {"connection": "close"}}  # 413: nobody reads the rest of the body
+
+
 def _error(error: Exception) -> Response:
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)  # nobody reads it
-    if isinstance(error, _TooLargeError):
-        return _json({"error": str(error)}, 413, {"connection": "close"})
     status = status_of(error)
-    retry = {"retry-after": str(RETRY_AFTER_SECONDS)} if status.http in (429, 503) else None
-    return _json({"error": status.message}, status.http, retry)
+    return _json({"error": status.message}, status.http, _HEADERS.get(status.http))
 
 
 def _infer_response(

@@ -11,7 +11,7 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -38,7 +38,7 @@ EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "model_re
 _OPEN_METHODS = frozenset(f"/{_SERVICE}/{name}" for name in ("ServerLive", "ServerReady"))
 
 # A malformed message is its sender's mistake: it must reach a method, or gRPC calls it our internal error.
-_Parsed = service_pb2.ModelInferRequest | DecodeError
+_Parsed: TypeAlias = service_pb2.ModelInferRequest | DecodeError
 
 
 def make_grpc_server(

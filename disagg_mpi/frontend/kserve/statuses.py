@@ -12,6 +12,7 @@ from disagg_mpi.errors import (
     JobFailed,
     OverloadedError,
     RequestError,
+    TooLargeError,
     UnknownModelError,
     UsageError,
 )
@@ -24,6 +25,7 @@ RETRY_AFTER_SECONDS = 1
 _TABLE: tuple[tuple[type[Exception], grpc.StatusCode, int], ...] = (
     (UnknownModelError, grpc.StatusCode.NOT_FOUND, 404),
     (OverloadedError, grpc.StatusCode.UNAVAILABLE, 429),
+    (TooLargeError, grpc.StatusCode.RESOURCE_EXHAUSTED, 413),
     (DeadlineError, grpc.StatusCode.DEADLINE_EXCEEDED, 504),
     (JobFailed, grpc.StatusCode.UNAVAILABLE, 503),
     (RequestError, grpc.StatusCode.INVALID_ARGUMENT, 400),
