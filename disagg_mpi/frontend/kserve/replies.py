@@ -117,7 +117,8 @@ class Row:
             ("kv_cache_reused_blocks", "INT32", reused),
             ("kv_cache_alloc_total_blocks", "INT32", total),
             ("arrival_time_ns", "INT64", self._arrival_ns),
-            ("first_scheduled_time_ns", "INT64", after(timing.queue)),
+            # The queue's time has the generation instance's too, where that came after the first token.
+            ("first_scheduled_time_ns", "INT64", after(min(timing.queue, timing.ttft))),
             ("first_token_time_ns", "INT64", after(timing.ttft)),
             ("last_token_time_ns", "INT64", after(timing.total)),
             # No drafts are made here; clients that ask for the metrics read these names too.
