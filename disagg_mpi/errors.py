@@ -58,8 +58,20 @@ class RequestError(DisaggError):
     """One request cannot be served; the job goes on."""
 
 
+class UnknownModelError(RequestError):
+    """A client names a model or a version that is not served."""
+
+
 class OverloadedError(RequestError):
-    """As many requests are open as the server takes; the same one may be tried again later."""
+    """As many requests are open as may be; the same request can be served later."""
+
+
+class TooLargeError(RequestError):
+    """A request's body is larger than the server takes."""
+
+
+class DeadlineError(RequestError):
+    """A request was not over when its deadline passed."""
 
 
 class JobFailed(DisaggError):

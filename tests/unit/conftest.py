@@ -47,6 +47,23 @@ def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         return made[-1]
 
     yield make
+    for served in made:
+        served.close()
+
+
+@pytest.fixture
+def kserve(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    """``kserve(**options)`` makes a :class:`kserving.KserveJob` of the tiny model; closed at the end."""
+    import kserving
+
+    made: list[kserving.KserveJob] = []
+
+    def make(**options: Any) -> kserving.KserveJob:
+        model = request.getfixturevalue("tiny_llama")
+        made.append(kserving.KserveJob(model, tmp_path / "tokenizer", **options))
+        return made[-1]
+
+    yield make
     for job in made:
         job.close()
 
