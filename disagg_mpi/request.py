@@ -319,6 +319,8 @@ class Response(msgspec.Struct, kw_only=True, omit_defaults=True):
     finish_reason: FinishReason | None = None
     """Set on the last response, unless a generation executor is to go on."""
     error: str | None = None
+    is_refused: bool = False
+    """With an ``error``: it is the request's own, which could be served nowhere and at no time."""
     context_phase_params: ContextPhaseParams | None = None
     timing: PhaseTiming | None = None
     num_blocks: int | None = None
@@ -388,6 +390,8 @@ class Result(msgspec.Struct, kw_only=True):
     prompt_token_ids: list[int]
     choices: list[Choice]
     error: str | None = None
+    is_refused: bool = False
+    """With an ``error``: it is the request's own, as a grammar that is none; not the job's."""
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One for each prompt token; of the first there is none."""
     context_logits: list[bytes] | None = None

@@ -143,7 +143,7 @@ class BuiltinExecutor(Executor):
 
     def _refuse(self, request: ExecutorRequest, problem: str) -> None:
         self._respond(Response(request_id=request.request_id, is_final=True,
-                               finish_reason="error", error=problem))
+                               finish_reason="error", error=problem, is_refused=True))
 
     def _sequence_of(self, request: ExecutorRequest) -> Sequence:
         """Raises :class:`RequestError` for a request that cannot be served."""

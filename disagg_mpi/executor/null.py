@@ -92,7 +92,7 @@ class NullExecutor(Executor):
             problem = f"request id {request.request_id} is in use"
         if problem is not None:
             self._respond(Response(request_id=request.request_id, is_final=True,
-                                   finish_reason="error", error=problem))
+                                   finish_reason="error", error=problem, is_refused=True))
             return
         done = len(request.context_phase_params.first_gen_tokens) \
             if request.context_phase_params else 0

@@ -9,7 +9,7 @@ the client library adds to each counter, so they are declared untyped: ``rate()`
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -35,20 +35,21 @@ _HISTOGRAMS = {
     "request": "From submission to the end.",
 }
 
-ENSEMBLE = "ensemble"
-MODEL_OF_ROLE = {"context": "context", "generation": "generation", "aggregated": "tensorrt_llm"}
-"""The guide's model names for instances, as labels of Triton's metrics."""
+GUIDE_NAMES = {
+    "ensemble": "ensemble", "context": "context", "generation": "generation", "aggregated": "tensorrt_llm"}
+"""The guide's model names, as labels of Triton's metrics: of the whole, and of each role's instances."""
 
 
 class Metrics:
     """Renders all metrics of one server."""
 
-    def __init__(self, gate: Gate, health: Health) -> None:
+    def __init__(self, gate: Gate, health: Health, names: Mapping[str, str] = GUIDE_NAMES) -> None:
+        """``names``: what a model repository calls the models of :data:`GUIDE_NAMES`."""
         self._registry = CollectorRegistry()
         self._histograms = {
             name: Histogram(f"disagg_mpi_{name}_seconds", text, buckets=_SECONDS, registry=self._registry)
             for name, text in _HISTOGRAMS.items()}
-        self._registry.register(_Scrape(gate, health))
+        self._registry.register(_Scrape(gate, health, {**GUIDE_NAMES, **names}))
         gate.stats.observers.append(self._observe)
 
     def render(self) -> bytes:
@@ -74,9 +75,10 @@ class Metrics:
 class _Scrape(Collector):
     """What is read at the moment of a scrape."""
 
-    def __init__(self, gate: Gate, health: Health) -> None:
+    def __init__(self, gate: Gate, health: Health, names: Mapping[str, str]) -> None:
         self._gate = gate
         self._health = health
+        self._names = names
 
     def describe(self) -> list[Metric]:
         """Nothing: the names depend on the job, and registering must not ask it."""
@@ -136,19 +138,24 @@ class _Scrape(Collector):
             ("compute_output_duration_us", "Cumulative compute output duration in microseconds: text is "
              "made while tokens are.", 0),
         ):
-            yield _metric(f"nv_inference_{name}", text, "unknown", value)
+            yield self._metric(f"nv_inference_{name}", text, "unknown", value)
         pending = sum(i.num_requests for i in instances if i.role != "context")
-        yield _metric("nv_inference_pending_request_count", "Instantaneous number of pending requests per "
-                      "model.", "gauge", max(0, num_open - pending))
-        yield from _tensorrt_llm(instances, num_open)
+        yield self._metric("nv_inference_pending_request_count", "Instantaneous number of pending requests "
+                           "per model.", "gauge", max(0, num_open - pending))
+        yield from _tensorrt_llm(instances, num_open, self._names)
         handed_over = Metric("nv_trt_llm_disaggregated_serving_metrics",
                              "TRT LLM disaggregated serving metrics, since the start", "gauge")
         for kind, amount in (("kv_cache_transfer_ms", stats.transfer_seconds * 1e3),
                              ("request_count", stats.num_handovers)):
             handed_over.add_sample(handed_over.name, {
-                "disaggregated_serving_type": kind, "model": MODEL_OF_ROLE["generation"],
+                "disaggregated_serving_type": kind, "model": self._names["generation"],
                 "version": "1"}, amount)
         yield handed_over
+
+    def _metric(self, name: str, text: str, kind: str, value: float) -> Metric:
+        metric = Metric(name, text, kind)
+        metric.add_sample(name, {"model": self._names["ensemble"], "version": "1"}, value)
+        return metric
 
 
 def _instances(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
@@ -169,11 +176,14 @@ def _instances(instances: Sequence[InstanceSnapshot]) -> Iterator[Metric]:
         yield family
 
 
-def _tensorrt_llm(instances: Sequence[InstanceSnapshot], num_open: int) -> Iterator[Metric]:
+def _tensorrt_llm(
+    instances: Sequence[InstanceSnapshot], num_open: int, names: Mapping[str, str]
+) -> Iterator[Metric]:
     """The gauges of Triton's TensorRT-LLM backend: copies of a model are summed, as one model has them."""
     requests = Metric("nv_trt_llm_request_metrics", "TRT LLM request metrics", "gauge")
     blocks = Metric("nv_trt_llm_kv_cache_block_metrics", "TRT LLM KV cache block metrics", "gauge")
-    for role, model in MODEL_OF_ROLE.items():
+    for role in ("context", "generation", "aggregated"):
+        model = names[role]
         own = [i for i in instances if i.role == role]
         if not own:
             continue
@@ -193,12 +203,6 @@ def _tensorrt_llm(instances: Sequence[InstanceSnapshot], num_open: int) -> Itera
                 "kv_cache_block_type": kind, "model": model, "version": "1"}, amount)
     yield requests
     yield blocks
-
-
-def _metric(name: str, text: str, kind: str, value: float) -> Metric:
-    metric = Metric(name, text, kind)
-    metric.add_sample(name, {"model": ENSEMBLE, "version": "1"}, value)
-    return metric
 
 
 def _us(seconds: float) -> int:

@@ -21,7 +21,7 @@ import errno
 import math
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -176,7 +176,7 @@ class Server:
         if has_failed:
             raise JobFailed("an HTTP server has ended by itself")
 
-    async def _wind_down(self, tasks: list[asyncio.Future[None]]) -> None:
+    async def _wind_down(self, tasks: Sequence[asyncio.Future[None]]) -> None:
         self._gate.is_closed = True
         for server in self._servers:
             server.should_exit = True

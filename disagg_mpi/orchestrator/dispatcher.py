@@ -82,7 +82,8 @@ class Dispatcher:
         problem = problem_with(entry.request, self.limits)
         self._table[entry.id] = entry
         if problem is not None:
-            self._end(entry, Response(request_id=entry.id, error=problem, finish_reason="error"))
+            self._end(entry, Response(request_id=entry.id, error=problem, finish_reason="error",
+                                      is_refused=True))
             return
         if entry.deadline is not None:
             heapq.heappush(self._deadlines, (entry.deadline, entry.id))

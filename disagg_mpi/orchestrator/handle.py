@@ -158,6 +158,7 @@ class RequestHandle:
             choice.timing = entry.timing
             choice.text = "".join(self._texts[index])
             self._result.error = self._result.error or response.error
+            self._result.is_refused = self._result.is_refused or response.is_refused
             self._open -= 1
         if response.token_ids or response.text or reason:
             self._push(TokenEvent(response.text, response.token_ids, index, response.logprobs,

@@ -7,7 +7,6 @@ process.
 from __future__ import annotations
 
 import asyncio
-import json
 import socket
 import threading
 import time
@@ -22,12 +21,13 @@ import uvicorn
 from starlette.applications import Starlette
 from tritonclient.utils import np_to_triton_dtype
 
+from disagg_mpi.frontend.gate import Gate
 from disagg_mpi.frontend.kserve.models import Models, default_models
 from disagg_mpi.frontend.kserve.rest import routes
 from disagg_mpi.frontend.kserve.rpc import make_grpc_server
 from disagg_mpi.frontend.kserve.statistics import Statistics
 from disagg_mpi.frontend.served import Served, ServerLimits
-from disagg_mpi.model.tokenizer import _BYTE_OF_CHARACTER, Tokenizer
+from disagg_mpi.frontend.stats import ServingStats
 from disagg_mpi.request import Request, SamplingParams
 
 PATIENCE = 60.0
@@ -37,35 +37,21 @@ MAX_MODEL_LEN = 256
 """Of the tiny model."""
 
 
-def save_byte_tokenizer(directory: Path, vocabulary: int) -> Tokenizer:
-    """A real tokenizer for the tiny model: token ``i`` is the byte ``i``."""
-    import tokenizers
-    from tokenizers import decoders, models, pre_tokenizers
-
-    directory.mkdir(parents=True, exist_ok=True)
-    ids = {character: byte for character, byte in _BYTE_OF_CHARACTER.items() if byte < vocabulary}
-    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text(json.dumps({}))
-    return Tokenizer(directory)
-
-
 class KserveServers:
     """gRPC and HTTP on free ports, until :meth:`close`."""
 
     def __init__(self, served: Served, models: Models | None = None,
                  why_not_ready: Callable[[], str | None] = lambda: None) -> None:
         self.served = served
+        gate = Gate(served, ServingStats())
         self.models = models or default_models(is_aggregated=False, tokens_per_block=TOKENS_PER_BLOCK)
         self.statistics = Statistics(self.models)
         self.loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self._thread.start()
         self.grpc = make_grpc_server(
-            served, self.models, self.statistics, "127.0.0.1", 0, why_not_ready)
-        app = Starlette(routes=routes(served, self.models, self.statistics, why_not_ready))
+            gate, self.models, self.statistics, "127.0.0.1", 0, why_not_ready)
+        app = Starlette(routes=routes(gate, self.models, self.statistics, why_not_ready))
         self._http = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_level="error"))
         self._socket = socket.create_server(("127.0.0.1", 0))
         self.http_port: int = self._socket.getsockname()[1]
@@ -100,11 +86,12 @@ class KserveJob:
     def __init__(self, model: Path, directory: Path, *, limits: dict[str, Any] | None = None,
                  api_key: str | None = None, why_not_ready: Callable[[], str | None] = lambda: None,
                  **options: Any) -> None:
-        from inprocess import VOCABULARY, Job, OrchestratedJob
+        from inprocess import Job, OrchestratedJob
+        from serving import save_ascii_tokenizer
 
         from disagg_mpi.model.detokenizer import Detokenizer
 
-        tokenizer = save_byte_tokenizer(directory, VOCABULARY)
+        tokenizer = save_ascii_tokenizer(directory)
         options = {"num_blocks": 256, "max_num_tokens": 64, "tokens_per_block": TOKENS_PER_BLOCK, **options}
         self.job = OrchestratedJob(
             Job(model, shared=True, make_decoder=lambda: Detokenizer(tokenizer), **options), tokenizer)

@@ -19,7 +19,7 @@ import msgspec
 
 from disagg_mpi.errors import RequestError
 from disagg_mpi.frontend.kserve.tensors import Incoming
-from disagg_mpi.request import SamplingParams
+from disagg_mpi.request import Guided, SamplingParams
 
 MAX_WORDS = 256
 """Stop words, bad words or bias words of one prompt: the leader looks for each of them in every step."""
@@ -129,14 +129,6 @@ _REFUSED = {
     "lora_task_id": "LoRA adapters are not served",
     "lora_weights": "LoRA adapters are not served",
     "lora_config": "LoRA adapters are not served",
-}
-
-# Sampling fields that the engine has not learnt yet, and the tensors that ask for them.
-_AWAITED = {
-    "bad": "bad_words",
-    "logit_bias": "embedding_bias_words",
-    "guided": "guided_decoding_guide",
-    "return_context_logits": "return_context_logits",
 }
 
 Row = Mapping[str, Sequence[Any]]
@@ -267,6 +259,7 @@ def _read_sampling(row: Row, vocabulary: Vocabulary, defaults: Defaults) -> Samp
         "stop": _words(row, "stop_words"),
         "logprobs": 0 if _scalar(row, "return_log_probs", False) else None,
         "return_generation_logits": _scalar(row, "return_generation_logits", False),
+        "return_context_logits": _scalar(row, "return_context_logits", False),
         **_ends(row, vocabulary),
     }
     seed = _scalar(row, "seed", None)
@@ -278,20 +271,10 @@ def _read_sampling(row: Row, vocabulary: Vocabulary, defaults: Defaults) -> Samp
         fields["logit_bias"] = bias
     if (guide := _read_guide(row)) is not None:
         fields["guided"] = guide
-    if _scalar(row, "return_context_logits", False):
-        fields["return_context_logits"] = True
-    sampling = _make_sampling(fields)
+    sampling = SamplingParams(**fields)
     if top_k == 1 or (top_k == 0 and top_p <= 0):
         return msgspec.structs.replace(sampling, temperature=0.0, top_k=0)
     return sampling
-
-
-def _make_sampling(fields: dict[str, Any]) -> SamplingParams:
-    """The one place where fields become the engine's."""
-    for field, tensor in _AWAITED.items():
-        if field in fields:
-            raise RequestError(f"input '{tensor}' cannot be honoured: the engine has no {field} yet")
-    return SamplingParams(**fields)
 
 
 def _ends(row: Row, vocabulary: Vocabulary) -> dict[str, Any]:
@@ -319,26 +302,25 @@ def _read_bias(row: Row, vocabulary: Vocabulary) -> dict[int, float]:
     return bias
 
 
-def _read_guide(row: Row) -> tuple[str, Any] | None:
-    """The kind of guide as the engine names it, and the guide."""
+def _read_guide(row: Row) -> Guided | None:
     kind = _text(row, "guided_decoding_guide_type")
     guide = _text(row, "guided_decoding_guide")
     if not kind and not guide:
         return None
     if kind == "json":  # any JSON
-        return "json", "{}"
+        return Guided(json="{}")
     if not kind or not guide:
         missing = "guided_decoding_guide_type" if not kind else "guided_decoding_guide"
         raise RequestError(f"input '{missing}' is missing: a guide needs its type, and a type other than "
                            "json its guide")
     if kind == "json_schema":
-        return "json", guide
+        return Guided(json=guide)
     if kind == "regex":
-        return "regex", guide
+        return Guided(regex=guide)
     if kind in ("ebnf_grammar", "grammar"):
-        return "grammar", guide
+        return Guided(grammar=guide)
     if kind == "choice":
-        return "choice", _read_choices(guide)
+        return Guided(choice=_read_choices(guide))
     raise RequestError(f"guided_decoding_guide_type is {kind!r}; known are json, json_schema, regex, "
                        "ebnf_grammar and choice")
 

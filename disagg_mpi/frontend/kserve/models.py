@@ -6,9 +6,8 @@ started without one. Nothing in it changes afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any, TypeAlias
 
 from google.protobuf.message import Message
@@ -16,24 +15,13 @@ from tritonclient.grpc import model_config_pb2, service_pb2
 
 from disagg_mpi.errors import UnknownModelError
 from disagg_mpi.frontend.kserve import ensemble
+from disagg_mpi.frontend.triton.plan import ServePlan
+from disagg_mpi.frontend.triton.wiring import Kind
 
 ModelConfig: TypeAlias = model_config_pb2.ModelConfig
 
 DEFAULT_MAX_BATCH_SIZE = 64
 """Rows of one request to the default ensemble."""
-
-
-class Kind(StrEnum):
-    """What a model is in a repository of the guide."""
-
-    ENSEMBLE = "ensemble"
-    BLS = "bls"
-    CONTEXT = "context"
-    GENERATION = "generation"
-    AGGREGATED = "aggregated"
-    """Does both phases: ``tensorrt_llm``."""
-    PREPROCESSING = "preprocessing"
-    POSTPROCESSING = "postprocessing"
 
 
 @dataclass(frozen=True)
@@ -44,11 +32,23 @@ class Model:
     kind: Kind
     config: ModelConfig
     version: str = "1"
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Its name of an input → the table's, where a repository calls it otherwise."""
+    outputs: Mapping[str, str] = field(default_factory=dict)
+    """The table's name of an output → its own, where a repository calls it otherwise."""
+
+    def ours(self, name: str) -> str:
+        """The table's name of the input that this model calls ``name``."""
+        return self.inputs.get(name, name)
+
+    def theirs(self, name: str) -> str:
+        """This model's name of the output that the table calls ``name``."""
+        return self.outputs.get(name, name)
 
     @property
     def takes_text(self) -> bool:
         """Whether clients send it requests; the others are its parts."""
-        return any(tensor.name == "text_input" for tensor in self.config.input)
+        return any(self.ours(tensor.name) == "text_input" for tensor in self.config.input)
 
     @property
     def max_batch_size(self) -> int:
@@ -124,6 +124,17 @@ def default_models(
                   ("generation", Kind.GENERATION)]
     made += [Model(name, kind, _part_config(name, kind, max_batch_size)) for name, kind in kinds]
     return Models(made, tokens_per_block)
+
+
+def repository_models(plan: ServePlan, tokens_per_block: int) -> Models:
+    """The models of a repository, as its files describe them."""
+    inputs = {theirs: ours for theirs, ours in plan.tensors.inputs.items() if theirs != ours}
+    outputs = {ours: theirs for ours, theirs in plan.tensors.outputs.items() if theirs != ours}
+    made = []
+    for model in plan.models:
+        names = (inputs, outputs) if model.kind is Kind.ENSEMBLE else ({}, {})
+        made.append(Model(model.name, model.kind, model.config, model.version, *names))
+    return Models(made, tokens_per_block, plan.exclude_input_in_output)
 
 
 # Ensemble input → what the preprocessing and the language model call it, where they take it.

@@ -94,6 +94,10 @@ class Row:
     def _at_the_end(self, result: Result, choice: Choice) -> list[Outgoing]:
         returns = self.prompt.returns
         outputs = []
+        # Of a prompt's sequences the first alone has them: they are the same for all.
+        if returns.context_logits and choice.index == 0 and result.context_logits is not None:
+            logits = _matrix(result.context_logits)
+            outputs.append(Outgoing("context_logits", "FP32", (1, *logits.shape), logits))
         if returns.generation_logits and choice.logits is not None:
             logits = _matrix(choice.logits)
             outputs.append(Outgoing("generation_logits", "FP32", (1, 1, *logits.shape), logits))

@@ -22,6 +22,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from disagg_mpi import __version__
 from disagg_mpi.errors import DisaggError, RequestError, TooLargeError
+from disagg_mpi.frontend.gate import Gate
 from disagg_mpi.frontend.kserve import rpc, tensors
 from disagg_mpi.frontend.kserve.ensemble import INPUT_OF
 from disagg_mpi.frontend.kserve.models import Model, Models, as_json
@@ -29,7 +30,6 @@ from disagg_mpi.frontend.kserve.replies import Reply, stack
 from disagg_mpi.frontend.kserve.service import Call, Service
 from disagg_mpi.frontend.kserve.statistics import Statistics
 from disagg_mpi.frontend.kserve.statuses import RETRY_AFTER_SECONDS, status_of
-from disagg_mpi.frontend.served import Served
 
 T = TypeVar("T")
 Endpoint = Callable[[Request], Awaitable[ASGIApp]]
@@ -60,11 +60,11 @@ class _Body(msgspec.Struct):
 
 
 def routes(
-    served: Served, models: Models, stats: Statistics,
+    gate: Gate, models: Models, stats: Statistics,
     why_not_ready: Callable[[], str | None] = lambda: None,
 ) -> list[BaseRoute]:
     """Everything below ``/v2``."""
-    api = _Api(Service(served, models, stats, why_not_ready))
+    api = _Api(Service(gate, models, stats, why_not_ready, "kserve-http"))
 
     def get(path: str, endpoint: Endpoint) -> Route:
         return Route(path, _answered(endpoint), methods=["GET"])
@@ -182,7 +182,7 @@ class _Api:
         except Exception as error:
             return _error(error)
         return _json({**_generate_head(model, call.id),
-                      **{output.name: _unwrapped(output.values()) for output in outputs}})
+                      **{model.theirs(output.name): _unwrapped(output.values()) for output in outputs}})
 
     async def generate_stream(self, request: Request) -> ASGIApp:
         model = self._model(request)
@@ -221,10 +221,11 @@ class _EventStream:
 
     def __init__(self, service: Service, model: Model, call: Call) -> None:
         self._service = service
+        self._model = model
         self._call = call
         head = msgspec.json.encode(_generate_head(model, call.id))
         self._start = b"data: " + head[:-1] + b","
-        self._text_start = self._start + b'"text_output":'
+        self._text_start = self._start + msgspec.json.encode(model.theirs("text_output")) + b":"
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with contextlib.suppress(ClientDisconnect):
@@ -250,7 +251,8 @@ class _EventStream:
     def _frame(self, reply: Reply) -> bytes:
         if reply.text is not None and not reply.others:
             return self._text_start + msgspec.json.encode(reply.text) + b"}\n\n"
-        fields = msgspec.json.encode({output.name: _unwrapped(output.values()) for output in reply.outputs()})
+        fields = msgspec.json.encode({self._model.theirs(output.name): _unwrapped(output.values())
+                                      for output in reply.outputs()})
         return self._start + fields[1:] + b"\n\n"
 
 
@@ -302,7 +304,7 @@ def _generate_call(model: Model, data: bytes, *, may_stream: bool) -> Call:
     body = _decode(data, dict[str, Any])
     inputs = []
     for name, value in body.items():
-        tensor = INPUT_OF.get(name)
+        tensor = INPUT_OF.get(model.ours(name))
         if tensor is None or value is None:
             continue
         shape = [1] if model.max_batch_size else []
@@ -388,8 +390,9 @@ def _infer_response(
 ) -> Response:
     described, parts = [], []
     for output in outputs:
-        head: dict[str, Any] = {"name": output.name, "datatype": output.datatype, "shape": output.shape}
-        if is_binary(output.name):
+        name = model.theirs(output.name)
+        head: dict[str, Any] = {"name": name, "datatype": output.datatype, "shape": output.shape}
+        if is_binary(name):
             parts.append(output.raw())
             head["parameters"] = {"binary_data_size": len(parts[-1])}
         else:

@@ -19,13 +19,13 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from disagg_mpi import __version__
 from disagg_mpi.errors import ConfigError, DisaggError, RequestError
+from disagg_mpi.frontend.gate import Gate
 from disagg_mpi.frontend.kserve import tensors
 from disagg_mpi.frontend.kserve.models import Model, Models
 from disagg_mpi.frontend.kserve.replies import Reply, stack
 from disagg_mpi.frontend.kserve.service import Call, Service
 from disagg_mpi.frontend.kserve.statistics import Statistics
 from disagg_mpi.frontend.kserve.statuses import status_of
-from disagg_mpi.frontend.served import Served
 
 _log = logging.getLogger(__name__)
 
@@ -42,11 +42,11 @@ _Parsed: TypeAlias = service_pb2.ModelInferRequest | DecodeError
 
 
 def make_grpc_server(
-    served: Served, models: Models, stats: Statistics, host: str, port: int,
+    gate: Gate, models: Models, stats: Statistics, host: str, port: int,
     why_not_ready: Callable[[], str | None] = lambda: None,
 ) -> GrpcServer:
     """A server that is not started. ``port`` 0: any that is free."""
-    return GrpcServer(Service(served, models, stats, why_not_ready), host, port)
+    return GrpcServer(Service(gate, models, stats, why_not_ready, "kserve-grpc"), host, port)
 
 
 class GrpcServer:
@@ -335,7 +335,7 @@ def _response(call: Call, model: Model, outputs: list[tensors.Outgoing]) -> serv
         model_name=model.name, model_version=model.version, id=call.id,
         raw_output_contents=[output.raw() for output in outputs])
     for output in outputs:
-        response.outputs.add(name=output.name, datatype=output.datatype, shape=output.shape)
+        response.outputs.add(name=model.theirs(output.name), datatype=output.datatype, shape=output.shape)
     return response
 
 
@@ -378,7 +378,7 @@ class StreamEncoder:
         response = service_pb2.ModelInferResponse(
             model_name=self._model.name, model_version=self._model.version, id=self._call.id)
         response.parameters["triton_final_response"].bool_param = is_final
-        response.outputs.add(name="text_output", datatype="BYTES", shape=[1])
+        response.outputs.add(name=self._model.theirs("text_output"), datatype="BYTES", shape=[1])
         data: bytes = response.SerializeToString()
         return data
 

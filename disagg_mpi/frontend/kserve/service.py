@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
 
-from disagg_mpi.errors import DeadlineError, DisaggError, JobFailed, OverloadedError, RequestError
+from disagg_mpi.errors import DeadlineError, DisaggError, JobFailed, RequestError
+from disagg_mpi.frontend.gate import Gate
 from disagg_mpi.frontend.kserve.ensemble import (
     OUTPUT_NAMES,
     Defaults,
@@ -26,15 +27,11 @@ from disagg_mpi.frontend.kserve.models import Model, Models
 from disagg_mpi.frontend.kserve.replies import Reply, Row
 from disagg_mpi.frontend.kserve.statistics import Statistics
 from disagg_mpi.frontend.kserve.tensors import Incoming
-from disagg_mpi.frontend.served import Served
 from disagg_mpi.orchestrator.handle import RequestHandle
 from disagg_mpi.request import Request, Result, Timing, TokenEvent
 
-# Tokenizing runs at 1 to 4 MB/s: what takes longer than a few milliseconds must not hold up every stream.
-_LONG_TEXT = 16 * 1024
-
 MAX_LOGITS_BYTES = 512 * 2**20
-"""Of one request's generation logits, which rank 0 holds until its end."""
+"""Of one request's logits, which rank 0 holds until its end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,20 +54,22 @@ class Service:
     """What gRPC and HTTP share."""
 
     def __init__(
-        self, served: Served, models: Models, statistics: Statistics,
-        why_not_ready: Callable[[], str | None] = lambda: None,
+        self, gate: Gate, models: Models, statistics: Statistics,
+        why_not_ready: Callable[[], str | None], api: str,
     ) -> None:
-        """``why_not_ready``: what keeps the job from making progress; ``None`` if nothing does."""
-        self.served = served
+        """``why_not_ready``: what keeps the job from making progress; ``None`` if nothing does. ``api``: the
+        protocol's name in the books."""
+        self.served = gate.served
         self.models = models
         self.statistics = statistics
         self.why_not_ready = why_not_ready
-        tokenizer = served.tokenizer
+        self._gate = gate
+        self._api = api
+        tokenizer = self.served.tokenizer
         self._vocabulary = Vocabulary(
             lambda text: tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id)
         self._defaults = Defaults(
-            served.limits.max_n, has_input_in_output=not models.exclude_input_in_output)
-        self._num_open = 0
+            self.served.limits.max_n, has_input_in_output=not models.exclude_input_in_output)
 
     @contextlib.asynccontextmanager
     async def infer(self, call: Call) -> AsyncIterator[AsyncIterator[Reply]]:
@@ -86,19 +85,20 @@ class Service:
         encode = 0.0
         is_done = False
         try:
+            call = _in_our_names(call, model)
             prompts = self._read(model, call)
-            with self._admit(sum(prompt.sampling.n for prompt in prompts)):
-                tokens = [await self._encode(prompt.text) for prompt in prompts]
-                encode = time.monotonic() - arrival
-                rows = []
-                for index, (prompt, ids) in enumerate(zip(prompts, tokens, strict=True)):
-                    rows.append(Row(
-                        prompt, batch_index=index if len(prompts) > 1 else None, wanted=call.outputs,
-                        arrival_ns=time.monotonic_ns(), tokens_per_block=self.models.tokens_per_block))
-                    handles.append(self._submit(call, prompt, ids))
-                async with contextlib.aclosing(_replies(rows, handles, timings)) as replies:
-                    yield replies
-                is_done = len(timings) == len(rows)
+            tokens = await self._gate.encode([prompt.text for prompt in prompts])
+            encode = time.monotonic() - arrival
+            self._check_logits(prompts, tokens)
+            handles += self._gate.submit(
+                [Request(prompt_token_ids=ids, sampling=prompt.sampling, deadline=call.timeout,
+                         id=call.id or None) for prompt, ids in zip(prompts, tokens, strict=True)], self._api)
+            rows = [Row(prompt, batch_index=index if len(prompts) > 1 else None, wanted=call.outputs,
+                        arrival_ns=time.monotonic_ns(), tokens_per_block=self.models.tokens_per_block)
+                    for index, prompt in enumerate(prompts)]
+            async with contextlib.aclosing(_replies(rows, handles, timings)) as replies:
+                yield replies
+            is_done = len(timings) == len(rows)
         finally:
             for handle in handles:
                 if not handle.done():
@@ -124,49 +124,29 @@ class Service:
         if not call.may_stream and any(prompt.is_streamed for prompt in prompts):
             raise RequestError("stream is true, and this call has one reply; use ModelStreamInfer or "
                                "generate_stream, or leave stream out")
-        num_logits = sum(prompt.sampling.n * prompt.sampling.max_tokens for prompt in prompts
-                         if prompt.returns.generation_logits) * self.served.tokenizer.vocab_size
-        if 4 * num_logits > MAX_LOGITS_BYTES:
-            raise RequestError(f"return_generation_logits would give {4 * num_logits} bytes, at most "
-                               f"{MAX_LOGITS_BYTES} can be given; lower max_tokens or ask for fewer "
-                               "sequences")
         return prompts
 
-    @contextlib.contextmanager
-    def _admit(self, count: int) -> Iterator[None]:
-        """Hold ``count`` of the sequences that may be open. Raises :class:`OverloadedError`."""
-        most = self.served.limits.max_open_requests
-        if count > most:
-            raise RequestError(f"the request asks for {count} sequences; at most {most} can be open at once")
-        # The orchestrator counts other front ends' too, but a request only once its pump has seen it.
-        num_open = max(self._num_open, self.served.orchestrator.num_open)
-        if num_open + count > most:
-            raise OverloadedError(f"{num_open} sequences are open, at most {most} can be; try again later")
-        self._num_open += count
-        try:
-            yield
-        finally:
-            self._num_open -= count
+    def _check_logits(self, prompts: Sequence[Prompt], tokens: Sequence[Sequence[int]]) -> None:
+        """Raise :class:`RequestError` for more logits than rank 0 holds."""
+        rows = 0
+        for prompt, ids in zip(prompts, tokens, strict=True):
+            rows += len(ids) * prompt.returns.context_logits
+            rows += prompt.sampling.n * prompt.sampling.max_tokens * prompt.returns.generation_logits
+        num_bytes = 4 * rows * self.served.orchestrator.limits.vocab_size
+        if num_bytes > MAX_LOGITS_BYTES:
+            raise RequestError(f"the logits that are asked for have {num_bytes} bytes, at most "
+                               f"{MAX_LOGITS_BYTES} can be given; lower max_tokens, shorten text_input or "
+                               "ask for fewer sequences")
 
-    async def _encode(self, text: str) -> list[int]:
-        """The prompt's tokens. Raises :class:`RequestError` for too many."""
-        encode = self.served.tokenizer.encode
-        try:
-            tokens = await asyncio.to_thread(encode, text) if len(text) > _LONG_TEXT else encode(text)
-        except DisaggError as error:
-            raise RequestError(f"the prompt cannot be turned into tokens: {error}") from error
-        limits = self.served.limits
-        most = self.served.max_model_len if limits.max_prompt_tokens is None else limits.max_prompt_tokens
-        if len(tokens) > most:
-            raise RequestError(f"text_input has {len(tokens)} tokens; at most {most} are taken")
-        return tokens
 
-    def _submit(self, call: Call, prompt: Prompt, tokens: list[int]) -> RequestHandle:
-        request = Request(prompt_token_ids=tokens, sampling=prompt.sampling, deadline=call.timeout,
-                          id=call.id or None)
-        # Only who reads events is woken for each of them.
-        loop = asyncio.get_running_loop() if prompt.is_streamed else None
-        return self.served.orchestrator.submit(request, loop=loop)
+def _in_our_names(call: Call, model: Model) -> Call:
+    """``call`` with tensors as the table names them, where ``model`` has names of its own."""
+    if not model.inputs and not model.outputs:
+        return call
+    ours = {theirs: name for name, theirs in model.outputs.items()}
+    return replace(
+        call, inputs=[replace(given, name=model.ours(given.name)) for given in call.inputs],
+        outputs=call.outputs and frozenset(ours.get(name, name) for name in call.outputs))
 
 
 async def _replies(
@@ -213,13 +193,13 @@ async def _merge(
     try:
         num_open = len(tasks)
         while num_open:
-            row, item = await arrived.get()
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
+            row, found = await arrived.get()
+            if isinstance(found, Exception):
+                raise found
+            if found is None:
                 num_open -= 1
             else:
-                yield row, item
+                yield row, found
     finally:
         for task in tasks:
             task.cancel()
@@ -236,11 +216,11 @@ def _check(result: Result) -> None:
     """Raise what a result without an answer says."""
     if result.error is None:
         return
+    if result.is_refused:
+        raise RequestError(result.error)
     reasons = {choice.finish_reason for choice in result.choices}
     if "deadline" in reasons:
         raise DeadlineError(result.error)
     if "error" not in reasons:
         raise JobFailed(result.error)  # cancelled, and not by its client, who would not be reading
-    if any(choice.token_ids for choice in result.choices):
-        raise DisaggError(result.error)  # it was good enough to be computed on
-    raise RequestError(result.error)
+    raise DisaggError(result.error)

@@ -12,19 +12,10 @@ from collections.abc import Iterable
 import msgspec
 from tritonclient.grpc import service_pb2
 
-from disagg_mpi.frontend.kserve.models import Kind, Model, Models
+from disagg_mpi.frontend.kserve.models import Model, Models
+from disagg_mpi.frontend.stats import Duration
+from disagg_mpi.frontend.triton.wiring import Kind
 from disagg_mpi.request import Timing
-
-
-class Duration(msgspec.Struct):
-    """So many times, and the nanoseconds of all of them."""
-
-    count: int = 0
-    ns: int = 0
-
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.ns += max(0, int(seconds * 1e9))
 
 
 class ModelCounters(msgspec.Struct):

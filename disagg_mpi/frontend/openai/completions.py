@@ -26,7 +26,7 @@ from disagg_mpi.frontend.openai.replies import (
 )
 from disagg_mpi.frontend.openai.sampling import sampling_of
 from disagg_mpi.frontend.openai.served_model import check_model
-from disagg_mpi.request import Choice, Request, Result, SamplingParams, TokenEvent, TokenLogprobs
+from disagg_mpi.request import Choice, Request, Result, SamplingParams, TokenEvent
 
 API = "openai"
 
@@ -124,7 +124,7 @@ class Completions:
         return [await self._gate.decode(token_ids) for token_ids in prompts]
 
     def _reply(self, plan: _Plan, results: list[Result]) -> Response:
-        choices = []
+        choices: list[CompletionChoice] = []
         for echo, result in zip(plan.echoes, results, strict=True):
             for choice in _best(result.choices, plan.num_kept):
                 choices.append(CompletionChoice(
@@ -140,14 +140,8 @@ class Completions:
         own = self._spelling.for_completion(choice.token_ids, choice.logprobs, len(echo))
         if not plan.call.echo:
             return own
-        of_prompt = self._spelling.for_completion(result.prompt_token_ids, prompt_logprobs_of(result))
+        of_prompt = self._spelling.for_completion(result.prompt_token_ids, result.prompt_logprobs or [])
         return joined([of_prompt, own])
-
-
-def prompt_logprobs_of(result: Result) -> list[TokenLogprobs | None]:
-    """Of each prompt token, the first without one; empty where the engine does not give them."""
-    found: list[TokenLogprobs | None] | None = getattr(result, "prompt_logprobs", None)
-    return found or []
 
 
 def _best(choices: Sequence[Choice], count: int) -> list[Choice]:

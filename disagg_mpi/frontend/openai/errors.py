@@ -81,10 +81,11 @@ def api_error_of(error: DisaggError) -> ApiError:
 
 
 def failure_of(result: Result) -> ApiError | None:
-    """Why a finished request has no answer; ``None`` if it has one. The gate has checked it before, so it
-    is not the client's fault."""
+    """Why a finished request has no answer; ``None`` if it has one."""
     if result.error is None:
         return None
+    if result.is_refused:  # by a leader: what the gate cannot see, such as a grammar that is none
+        return api_error_of(RequestError(result.error))
     if any(choice.finish_reason == "cancelled" for choice in result.choices):
         return ApiError(503, f"the request was {result.error}")
     return ApiError(500, result.error)

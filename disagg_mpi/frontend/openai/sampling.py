@@ -21,8 +21,6 @@ _MAX_STOP_TOKENS = 256
 _SAME_NAMES = ("n", "frequency_penalty", "ignore_eos", "min_tokens", "presence_penalty",
                "repetition_penalty", "top_k", "top_p")
 
-_KNOWN = {field.name for field in msgspec.structs.fields(SamplingParams)}
-
 
 def sampling_of(
     call: SamplingCall, max_tokens: int, logprobs: int | None, prompt_logprobs: int | None = None,
@@ -47,15 +45,11 @@ def sampling_of(
                           f"{_MAX_STOP_TOKENS} at most", "stop_token_ids")
         given["stop_token_ids"] = tuple(call.stop_token_ids)
     if prompt_logprobs is not None:
-        _need("prompt_logprobs", "echo with logprobs", "echo")
         given["prompt_logprobs"] = prompt_logprobs
     if call.logit_bias:
-        _need("logit_bias", "logit_bias")
         given["logit_bias"] = _bias(call.logit_bias)
-    guided = _guide(call)
-    if guided is not None:
-        name, guide = guided
-        _need("guided", name)
+    guide = _guide(call)
+    if guide is not None:
         given["guided"] = guide
     # Through the field types, so that what is nested becomes its own struct.
     try:
@@ -80,8 +74,8 @@ def _bias(bias: dict[str, float]) -> dict[int, float]:
     return {int(token): value for token, value in bias.items()}
 
 
-def _guide(call: SamplingCall) -> tuple[str, dict[str, Any]] | None:
-    """The one constraint on the output, and the field that it came in."""
+def _guide(call: SamplingCall) -> dict[str, Any] | None:
+    """The one constraint on the output, as :class:`Guided` has it."""
     found: dict[str, dict[str, Any]] = {}
     form = call.response_format
     if form is not None and form.type != "text":
@@ -95,7 +89,7 @@ def _guide(call: SamplingCall) -> tuple[str, dict[str, Any]] | None:
             found[f"guided_{kind}"] = {kind: value}
     if len(found) > 1:
         raise invalid(f"{' and '.join(found)} exclude each other: give one", next(iter(found)))
-    return next(iter(found.items()), None)
+    return next(iter(found.values()), None)
 
 
 def _schema_of(form: ResponseFormat) -> str:
@@ -111,9 +105,3 @@ def _schema_of(form: ResponseFormat) -> str:
 
 def _text(schema: dict[str, Any]) -> str:
     return msgspec.json.encode(schema).decode()
-
-
-def _need(field: str, what: str, param: str | None = None) -> None:
-    """Refuse ``what`` by name where the engine has no such ability."""
-    if field not in _KNOWN:
-        raise invalid(f"{what}: this server's engine cannot do that", param or what)

@@ -31,6 +31,7 @@ class Kind(StrEnum):
     CONTEXT = "context"
     GENERATION = "generation"
     AGGREGATED = "aggregated"
+    """Does both phases: ``tensorrt_llm``."""
     BLS = "bls"
     ENSEMBLE = "ensemble"
     PREPROCESSING = "preprocessing"
