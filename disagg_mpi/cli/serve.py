@@ -168,8 +168,8 @@ class _Ports:
         """After all else that can be wrong was looked at. Raises :class:`ConfigError`."""
         file = serving.address_file
         if file is not None and not os.access(file.absolute().parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"cannot write --address-file {file}: give a file in a folder that is there and "
-                              "that you may write to")
+            raise ConfigError(f"cannot write --address-file {file}: give a file in a folder that is there "
+                              "and that you may write to")
         try:
             import disagg_mpi.frontend.app
             import disagg_mpi.frontend.kserve.rpc  # noqa: F401
@@ -241,7 +241,8 @@ def _serve(served: Served, serving: ServeOptions, ports: _Ports, plan: ServePlan
     else:
         models = kserve_models.repository_models(plan, limits.tokens_per_block)
     statistics = Statistics(models)
-    rendered = Metrics(gate, health, {model.kind: model.name for model in models if model.kind in GUIDE_NAMES})
+    rendered = Metrics(gate, health, {
+        model.kind: model.name for model in models if model.kind in GUIDE_NAMES})
     app = make_app(gate, health, rendered, kserve_routes(gate, models, statistics, health.problem))
     grpc_port = port_of(ports.grpc)
 
@@ -255,8 +256,8 @@ def _serve(served: Served, serving: ServeOptions, ports: _Ports, plan: ServePlan
     server = Server(gate, app, make_metrics_app(gate, health, rendered), ports.http, ports.metrics,
                     make_grpc=make_grpc, grace=serving.grace)
     with server, _written(serving.address_file, addresses):
-        _tell(f"serving {served.name}: OpenAI at {addresses['http']}/v1, KServe at {addresses['http']}/v2 and "
-              f"gRPC {addresses['grpc']}, metrics at {addresses['metrics']}; Ctrl-C ends it")
+        _tell(f"serving {served.name}: OpenAI at {addresses['http']}/v1, KServe at {addresses['http']}/v2 "
+              f"and gRPC {addresses['grpc']}, metrics at {addresses['metrics']}; Ctrl-C ends it")
         if served.api_key is None and not _is_loopback(serving.host):
             _tell(f"WARNING: anybody who reaches {serving.host} can use this server: set {KEY_VARIABLE}")
         try:

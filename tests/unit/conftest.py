@@ -37,9 +37,9 @@ def jobs(tiny_llama: Path) -> Iterator[Any]:
 @pytest.fixture
 def serve(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """``serve(*roles, **options)`` makes a :class:`serving.ServedJob`; closed at the end."""
-    from serving import ServedJob, save_ascii_tokenizer
+    from serving import ServedJob, save_byte_tokenizer
 
-    tokenizer = save_ascii_tokenizer(tmp_path_factory.mktemp("ascii"))
+    tokenizer = save_byte_tokenizer(tmp_path_factory.mktemp("ascii"))
     made: list[ServedJob] = []
 
     def make(*roles: Any, **options: Any) -> ServedJob:

@@ -43,7 +43,7 @@ class KserveServers:
     def __init__(self, served: Served, models: Models | None = None,
                  why_not_ready: Callable[[], str | None] = lambda: None) -> None:
         self.served = served
-        gate = Gate(served, ServingStats())
+        self.gate = gate = Gate(served, ServingStats())
         self.models = models or default_models(is_aggregated=False, tokens_per_block=TOKENS_PER_BLOCK)
         self.statistics = Statistics(self.models)
         self.loop = asyncio.new_event_loop()
@@ -87,14 +87,12 @@ class KserveJob:
                  api_key: str | None = None, why_not_ready: Callable[[], str | None] = lambda: None,
                  **options: Any) -> None:
         from inprocess import Job, OrchestratedJob
-        from serving import save_ascii_tokenizer
+        from serving import save_byte_tokenizer
 
-        from disagg_mpi.model.detokenizer import Detokenizer
-
-        tokenizer = save_ascii_tokenizer(directory)
+        tokenizer = save_byte_tokenizer(directory)
         options = {"num_blocks": 256, "max_num_tokens": 64, "tokens_per_block": TOKENS_PER_BLOCK, **options}
         self.job = OrchestratedJob(
-            Job(model, shared=True, make_decoder=lambda: Detokenizer(tokenizer), **options), tokenizer)
+            Job(model, shared=True, tokenizer=tokenizer, **options), tokenizer)
         self.orchestrator = self.job.orchestrator
         served = Served(self.orchestrator, tokenizer, "tiny", MAX_MODEL_LEN, ServerLimits(**limits or {}),
                         api_key)

@@ -1,6 +1,6 @@
 """A whole server over a whole job in one process: its tokenizer, its ports, and clients of all kinds.
 
-:func:`save_ascii_tokenizer` writes a real tokenizer for the tiny model: token ``i`` is the byte ``i``.
+:func:`save_byte_tokenizer` writes a real tokenizer for the tiny model: token ``i`` is the byte ``i``.
 :class:`ServedJob` puts an :class:`OrchestratedJob` behind a :class:`Gate` and its applications, and behind
 real ports on request.
 """
@@ -23,7 +23,6 @@ from disagg_mpi.frontend.metrics import Metrics
 from disagg_mpi.frontend.served import Served, ServerLimits
 from disagg_mpi.frontend.server import Server, bind, port_of
 from disagg_mpi.frontend.stats import ServingStats
-from disagg_mpi.model.detokenizer import Detokenizer
 from disagg_mpi.model.tokenizer import _BYTE_OF_CHARACTER, Tokenizer
 from disagg_mpi.topology import Role
 
@@ -32,7 +31,7 @@ TEMPLATE = ("{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
             "{% if add_generation_prompt %}assistant: {% endif %}{{ suffix or '' }}")
 
 
-def save_ascii_tokenizer(directory: Path) -> Tokenizer:
+def save_byte_tokenizer(directory: Path) -> Tokenizer:
     import tokenizers
     from tokenizers import decoders, models, pre_tokenizers
 
@@ -55,8 +54,8 @@ class ServedJob:
     ) -> None:
         options = {"num_blocks": 256, "max_num_tokens": 64, **options}
         self.job = OrchestratedJob(
-            Job(model, roles or (Role.CONTEXT, Role.GENERATION), shared=True,
-                make_decoder=lambda: Detokenizer(tokenizer), **options), tokenizer)
+            Job(model, roles or (Role.CONTEXT, Role.GENERATION), shared=True, tokenizer=tokenizer, **options),
+            tokenizer)
         orchestrator = self.job.orchestrator
         self.served = Served(orchestrator, tokenizer, NAME, orchestrator.limits.max_model_len,
                              ServerLimits(**limits or {}), api_key)

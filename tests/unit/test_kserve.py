@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -242,6 +243,48 @@ def test_logits_and_perf_metrics_come_at_the_end(kserve: Start, streamed: bool) 
     job.assert_free()
 
 
+def test_context_logits_have_a_row_for_each_token_of_the_prompt(kserve: Start) -> None:
+    job = kserve()
+    (result,) = stream(job.servers.grpc_url, ("a", arrays("Machine", 1, return_context_logits=True)))
+    logits = result.as_numpy("context_logits")
+    assert logits.shape == (1, len("Machine"), job.orchestrator.limits.vocab_size)
+    assert logits[0, -1].argmax() == job.answer("Machine", max_tokens=1).token_ids[0], "greedy"
+    job.assert_free()
+
+
+@pytest.mark.parametrize(("kind", "guide", "pattern"), [
+    ("json_schema", '{"enum": [1234]}', "1234"),
+    ("regex", "[0-9]{3}", "[0-9]{3}"),
+    ("choice", '["yes", "no"]', "yes|no"),
+    ("ebnf_grammar", 'root ::= "a" [bc]', "a[bc]"),
+])
+def test_an_output_is_what_its_guide_says(kserve: Start, kind: str, guide: str, pattern: str) -> None:
+    job = kserve(eos=(0,))
+    (result,) = stream(job.servers.grpc_url, ("a", arrays(
+        "Machine", 20, exclude_input_in_output=True, guided_decoding_guide_type=kind,
+        guided_decoding_guide=guide)))
+    assert re.fullmatch(pattern, text_of([result])), text_of([result])
+
+
+def test_a_guide_that_is_none_is_the_clients_mistake(kserve: Start) -> None:
+    job = kserve(eos=(0,))
+    answer = generate(job, text_input="a", max_tokens=5, guided_decoding_guide_type="regex",
+                      guided_decoding_guide="(")
+    assert answer.status_code == 400 and "guided is no valid grammar" in answer.json()["error"]
+    job.assert_free()
+
+
+def test_bad_words_never_come_and_biased_ones_do(kserve: Start) -> None:
+    job = kserve()
+    text = job.answer("Machine", max_tokens=8).text
+    other = generate(job, text_input="Machine", max_tokens=8, bad_words=[text[2]],
+                     exclude_input_in_output=True).json()["text_output"]
+    assert text[2] not in other and other[:2] == text[:2]
+    biased = generate(job, text_input="Machine", max_tokens=8, embedding_bias_words=["x"],
+                      embedding_bias_weights=[100.0], exclude_input_in_output=True).json()["text_output"]
+    assert biased == "x" * 8
+
+
 def test_stop_words_end_id_and_seed(kserve: Start) -> None:
     job = kserve()
     whole = job.answer("Machine", max_tokens=12)
@@ -473,7 +516,7 @@ def test_prompts_sequences_and_bodies_have_limits(kserve: Start) -> None:
     job = kserve(limits={"max_prompt_tokens": 10, "max_n": 2, "max_body_bytes": 4096})
     answer = generate(job, text_input="a" * 11, max_tokens=2)
     assert (answer.status_code, answer.json()) == (
-        400, {"error": "text_input has 11 tokens; at most 10 are taken"})
+        400, {"error": "the prompt has 11 tokens; this server takes 10 at most"})
     answer = generate(job, text_input="a", max_tokens=2, num_return_sequences=3)
     assert answer.status_code == 400 and "num_return_sequences" in answer.json()["error"]
     assert generate(job, text_input="a" * 5000, max_tokens=2).status_code == 413
@@ -563,6 +606,6 @@ def test_a_port_that_is_taken_is_named(kserve: Start) -> None:
     job = kserve()
     servers = job.servers
     port = servers.grpc.port
-    other = make_grpc_server(servers.served, servers.models, servers.statistics, "127.0.0.1", port)
+    other = make_grpc_server(servers.gate, servers.models, servers.statistics, "127.0.0.1", port)
     with pytest.raises(ConfigError, match=f"{port}.*--grpc-port"):
         servers.run(other.start())

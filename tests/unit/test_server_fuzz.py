@@ -14,7 +14,7 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from inprocess import PATIENCE
-from serving import ServedJob, save_ascii_tokenizer
+from serving import ServedJob, save_byte_tokenizer
 
 from disagg_mpi.frontend.openai.document import make_document
 
@@ -26,7 +26,7 @@ document = schemathesis.openapi.from_dict(make_document())
 
 @pytest.fixture(scope="module")
 def shared(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedJob]:
-    job = ServedJob(tiny_llama, save_ascii_tokenizer(tmp_path_factory.mktemp("ascii")))
+    job = ServedJob(tiny_llama, save_byte_tokenizer(tmp_path_factory.mktemp("ascii")))
     yield job
     job.assert_free()
     job.close()
