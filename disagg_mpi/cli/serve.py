@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import ipaddress
-import os
-import socket
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import click
 import msgspec
@@ -19,6 +13,7 @@ from disagg_mpi.cli.options import job_keys, job_options, settings_of
 from disagg_mpi.comm.environment import launcher_context
 from disagg_mpi.config import JobConfig, convert
 from disagg_mpi.errors import ConfigError
+from disagg_mpi.frontend.ports import Ports, check_writable, is_loopback, written
 from disagg_mpi.frontend.served import Served, ServerLimits
 from disagg_mpi.job import guards
 from disagg_mpi.job.launch import launch
@@ -131,7 +126,7 @@ def serve(**options: Any) -> int:
     job = settings.job if plan is None else plan.job
     is_root = not launcher_context().rank
     # Before the job starts, at rank 0 alone: a port that is taken costs nothing.
-    ports = _Ports.bind(serving) if is_root else None
+    ports = _bind(serving) if is_root else None
     guards.allow_grace(serving.grace)
     with launch(job, progress=_tell) as orchestrator:
         if orchestrator is not None and ports is not None:
@@ -154,35 +149,14 @@ def _plan(serving: ServeOptions, options: dict[str, Any]) -> ServePlan | None:
     return plan
 
 
-@dataclass(frozen=True)
-class _Ports:
-    """Sockets that are bound and do not listen yet."""
-
-    http: socket.socket
-    grpc: socket.socket
-    """Holds the number until gRPC, which binds by itself, takes the port over."""
-    metrics: socket.socket
-
-    @classmethod
-    def bind(cls, serving: ServeOptions) -> Self:
-        """After all else that can be wrong was looked at. Raises :class:`ConfigError`."""
-        file = serving.address_file
-        if file is not None and not os.access(file.absolute().parent, os.W_OK | os.X_OK):
-            raise ConfigError(f"cannot write --address-file {file}: give a file in a folder that is there "
-                              "and that you may write to")
-        try:
-            import disagg_mpi.frontend.app
-            import disagg_mpi.frontend.kserve.rpc  # noqa: F401
-            from disagg_mpi.frontend.server import bind
-        except ImportError as error:
-            raise _missing(error) from None
-        with contextlib.ExitStack() as bound:
-            sockets = []
-            for name in ("http_port", "grpc_port", "metrics_port"):
-                sockets.append(bind(serving.host, getattr(serving, name), f"--{name.replace('_', '-')}"))
-                bound.callback(sockets[-1].close)
-            bound.pop_all()
-        return cls(*sockets)
+def _bind(serving: ServeOptions) -> Ports:
+    """The ports, after all else that can be wrong was looked at. Raises :class:`ConfigError`."""
+    check_writable(serving.address_file)
+    try:
+        import disagg_mpi.frontend.assembly  # noqa: F401
+    except ImportError as error:
+        raise _missing(error) from None
+    return Ports.bind(serving.host, serving.http_port, serving.grpc_port, serving.metrics_port)
 
 
 def _missing(error: ImportError) -> ConfigError:
@@ -218,84 +192,22 @@ def _model_name(model: str | None) -> str:
     return path.resolve().name.removesuffix(".gguf") if path.exists() else model
 
 
-def _serve(served: Served, serving: ServeOptions, ports: _Ports, plan: ServePlan | None) -> None:
-    """Until a signal: the front ends are put together here."""
-    from disagg_mpi.frontend.app import make_app, make_metrics_app
-    from disagg_mpi.frontend.gate import Gate
-    from disagg_mpi.frontend.health import Health
-    from disagg_mpi.frontend.kserve import models as kserve_models
-    from disagg_mpi.frontend.kserve.rest import routes as kserve_routes
-    from disagg_mpi.frontend.kserve.rpc import make_grpc_server
-    from disagg_mpi.frontend.kserve.statistics import Statistics
-    from disagg_mpi.frontend.metrics import GUIDE_NAMES, Metrics
-    from disagg_mpi.frontend.server import GrpcServer, Server, port_of
-    from disagg_mpi.frontend.stats import ServingStats
+def _serve(served: Served, serving: ServeOptions, ports: Ports, plan: ServePlan | None) -> None:
+    """Until a signal."""
+    from disagg_mpi.frontend.assembly import make_server
 
-    gate = Gate(served, ServingStats())
-    health = Health(gate)
-    limits = served.orchestrator.limits
-    if plan is None:
-        roles = {instance.role for instance in served.orchestrator.snapshot().instances}
-        models = kserve_models.default_models(
-            is_aggregated="aggregated" in roles, tokens_per_block=limits.tokens_per_block)
-    else:
-        models = kserve_models.repository_models(plan, limits.tokens_per_block)
-    statistics = Statistics(models)
-    rendered = Metrics(gate, health, {
-        model.kind: model.name for model in models if model.kind in GUIDE_NAMES})
-    app = make_app(gate, health, rendered, kserve_routes(gate, models, statistics, health.problem))
-    grpc_port = port_of(ports.grpc)
-
-    def make_grpc() -> GrpcServer:
-        ports.grpc.close()
-        return make_grpc_server(gate, models, statistics, serving.host, grpc_port, health.problem)
-
-    addresses = {"http": f"http://{_reachable(serving.host, port_of(ports.http))}",
-                 "grpc": _reachable(serving.host, grpc_port),
-                 "metrics": f"http://{_reachable(serving.host, port_of(ports.metrics))}/metrics"}
-    server = Server(gate, app, make_metrics_app(gate, health, rendered), ports.http, ports.metrics,
-                    make_grpc=make_grpc, grace=serving.grace)
-    with server, _written(serving.address_file, addresses):
+    addresses = ports.addresses()
+    server = make_server(served, ports, plan, grace=serving.grace)
+    with server, written(serving.address_file, addresses):
         _tell(f"serving {served.name}: OpenAI at {addresses['http']}/v1, KServe at {addresses['http']}/v2 "
               f"and gRPC {addresses['grpc']}, metrics at {addresses['metrics']}; Ctrl-C ends it")
-        if served.api_key is None and not _is_loopback(serving.host):
+        if served.api_key is None and not is_loopback(serving.host):
             _tell(f"WARNING: anybody who reaches {serving.host} can use this server: set {KEY_VARIABLE}")
         try:
             server.wait()
         except KeyboardInterrupt:
-            _tell(f"\nending: {gate.num_open} open requests have {serving.grace:g} s; again ends all at once")
+            _tell(f"\nending: {server.num_open} open requests have {serving.grace:g} s; again: now")
             raise
-
-
-def _reachable(host: str, port: int) -> str:
-    """An address for clients; where the server listens on all interfaces, by this host's name."""
-    name = socket.gethostname() if host in ("0.0.0.0", "::", "") else host
-    return f"[{name}]:{port}" if ":" in name else f"{name}:{port}"
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
-@contextlib.contextmanager
-def _written(file: Path | None, addresses: dict[str, str]) -> Iterator[None]:
-    """``file`` with the addresses, whole or not there, while the block runs."""
-    if file is None:
-        yield
-        return
-    scratch = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        scratch.write_text("".join(f"{name}={address}\n" for name, address in addresses.items()))
-        os.replace(scratch, file)
-    except OSError as error:
-        raise ConfigError(f"cannot write --address-file {file}: {error.strerror}") from None
-    try:
-        yield
-    finally:
-        file.unlink(missing_ok=True)
 
 
 def _tell(line: str) -> None:

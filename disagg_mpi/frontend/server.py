@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import math
 import socket
 import threading
@@ -28,8 +27,9 @@ from typing import Any, Protocol, Self
 import uvicorn
 from starlette.types import ASGIApp
 
-from disagg_mpi.errors import ConfigError, JobFailed
+from disagg_mpi.errors import JobFailed
 from disagg_mpi.frontend.gate import Gate
+from disagg_mpi.frontend.ports import port_error, port_of
 from disagg_mpi.frontend.protocol import connection_type
 from disagg_mpi.frontend.served import ServerLimits
 
@@ -38,13 +38,6 @@ _CANCEL_SECONDS = 2
 
 # A client's pool keeps its connections for some seconds; closing earlier than it does costs it an error.
 _KEEP_ALIVE_SECONDS = 75
-
-_PORT_ERRORS = {
-    errno.EADDRINUSE: "is taken: give another one, or 0 for any that is free",
-    errno.EACCES: "may not be used by this user: give one above 1023",
-    errno.EADDRNOTAVAIL: "cannot be had: no interface of this host has that address; give another --host",
-}
-
 
 class GrpcServer(Protocol):
     """What is needed of a gRPC server."""
@@ -55,34 +48,6 @@ class GrpcServer(Protocol):
     async def start(self) -> None: ...
 
     async def stop(self, grace: float) -> None: ...
-
-
-def bind(host: str, port: int, option: str) -> socket.socket:
-    """A socket for ``port`` (0: any free one) that does not listen yet. Raises :class:`ConfigError`."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    except (socket.gaierror, UnicodeError) as error:
-        raise ConfigError(f"--host {host} is no address of this host: {error}; 127.0.0.1 is for clients on "
-                          "this host, 0.0.0.0 for all") from None
-    found = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind(address)
-    except OSError as error:
-        found.close()
-        raise _port_error(error, host, port, option) from None
-    return found
-
-
-def _port_error(error: OSError, host: str, port: int, option: str) -> ConfigError:
-    reason = _PORT_ERRORS.get(error.errno or 0, f"cannot be used: {error.strerror}")
-    return ConfigError(f"{option} {port} on {host} {reason}")
-
-
-def port_of(bound: socket.socket) -> int:
-    port: int = bound.getsockname()[1]
-    return port
 
 
 class Server:
@@ -107,6 +72,11 @@ class Server:
         self._error: BaseException | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="disagg_mpi-server", daemon=True)
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not over."""
+        return self._gate.num_open
 
     # ---- the main thread ----
 
@@ -161,7 +131,7 @@ class Server:
             try:
                 bound.listen(2048)
             except OSError as error:  # another took it while the model was loaded
-                raise _port_error(error, bound.getsockname()[0], port_of(bound), option) from None
+                raise port_error(error, bound.getsockname()[0], port_of(bound), option) from None
         if self._make_grpc is not None:
             self.grpc = self._make_grpc()
             await self.grpc.start()

@@ -20,8 +20,9 @@ from disagg_mpi.frontend.app import make_app, make_metrics_app
 from disagg_mpi.frontend.gate import Gate
 from disagg_mpi.frontend.health import Health
 from disagg_mpi.frontend.metrics import Metrics
+from disagg_mpi.frontend.ports import bind, port_of
 from disagg_mpi.frontend.served import Served, ServerLimits
-from disagg_mpi.frontend.server import Server, bind, port_of
+from disagg_mpi.frontend.server import Server
 from disagg_mpi.frontend.stats import ServingStats
 from disagg_mpi.model.tokenizer import _BYTE_OF_CHARACTER, Tokenizer
 from disagg_mpi.topology import Role

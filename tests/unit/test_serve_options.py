@@ -15,14 +15,12 @@ from disagg_mpi.cli.options import settings_of
 from disagg_mpi.cli.serve import (
     ServeOptions,
     _bind,
-    _is_loopback,
     _limits_of,
     _model_name,
-    _reachable,
-    _written,
 )
 from disagg_mpi.config import convert
 from disagg_mpi.errors import ConfigError
+from disagg_mpi.frontend.ports import Ports, is_loopback, reachable, written
 from disagg_mpi.frontend.served import ServerLimits
 
 
@@ -44,7 +42,7 @@ def test_a_file_serves_several_commands(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("given", "text"), [
     ({"http_port": 65536}, "http_port is 65536"), ({"metrics_port": -1}, "metrics_port is -1"),
-    ({"http_port": 8002}, "the same port, 8002"), ({"grace": -1.0}, "grace is -1"),
+    ({"http_port": 8002}, "are the same port"), ({"grace": -1.0}, "grace is -1"),
     ({"grace": float("nan")}, "grace is nan"), ({"api_key": ""}, "api_key must be"),
     ({"api_key": " a"}, "api_key must be"), ({"api_key": "ü"}, "api_key must be"),
     ({"htp_port": 1}, "htp_port"), ({"http_port": "8000"}, "http_port")])
@@ -64,36 +62,37 @@ def test_free_ports_are_not_the_same_port() -> None:
     assert options(http_port=0, metrics_port=0).http_port == 0
 
 
-def test_ports_are_bound_both_or_none() -> None:
+def test_ports_are_bound_all_or_none() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             free = probe.getsockname()[1]
         with pytest.raises(ConfigError, match="--metrics-port"):
-            _bind(options(http_port=free, metrics_port=taken.getsockname()[1]))
-        http, metrics = _bind(options(http_port=free, metrics_port=0))
-        assert http.getsockname() == ("127.0.0.1", free)
-        http.close()
-        metrics.close()
+            Ports.bind("127.0.0.1", free, 0, taken.getsockname()[1])
+        ports = Ports.bind("127.0.0.1", free, 0, 0)
+        assert ports.http.getsockname() == ("127.0.0.1", free)
+        assert ports.addresses()["http"] == f"http://127.0.0.1:{free}"
+        for bound in (ports.http, ports.grpc, ports.metrics):
+            bound.close()
 
 
-def test_an_address_file_that_cannot_be_written_is_told_before_anything_starts(tmp_path: Path) -> None:
+def test_an_address_file_that_cannot_bewritten_is_told_before_anything_starts(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--address-file .*no/file"):
         _bind(options(address_file=tmp_path / "no" / "file", http_port=0, metrics_port=0))
 
 
 def test_the_address_file_is_there_while_the_server_is(tmp_path: Path) -> None:
     file = tmp_path / "address"
-    with _written(file, {"http": "http://h:1", "metrics": "http://h:2/metrics"}):
+    with written(file, {"http": "http://h:1", "metrics": "http://h:2/metrics"}):
         assert file.read_text() == "http=http://h:1\nmetrics=http://h:2/metrics\n"
     assert list(tmp_path.iterdir()) == []
 
 
 def test_addresses_are_those_that_clients_can_use() -> None:
-    assert _reachable("127.0.0.1", 1) == "127.0.0.1:1"
-    assert _reachable("0.0.0.0", 1) == f"{socket.gethostname()}:1"
-    assert _reachable("::1", 1) == "[::1]:1"
-    assert [_is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
-    assert [_is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
+    assert reachable("127.0.0.1", 1) == "127.0.0.1:1"
+    assert reachable("0.0.0.0", 1) == f"{socket.gethostname()}:1"
+    assert reachable("::1", 1) == "[::1]:1"
+    assert [is_loopback(host) for host in ("127.0.0.1", "127.9.9.9", "::1", "localhost")] == [True] * 4
+    assert [is_loopback(host) for host in ("0.0.0.0", "::", "10.0.0.1", "example.org")] == [False] * 4
 
 
 def test_the_models_name_is_the_directorys(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from inprocess import PATIENCE, VOCABULARY
 from serving import NAME, ServedJob, events_of, wait_until
 
 from disagg_mpi.errors import ConfigError, JobFailed
-from disagg_mpi.frontend.server import Server, bind, port_of
+from disagg_mpi.frontend.ports import bind, port_of
+from disagg_mpi.frontend.server import Server
 from disagg_mpi.orchestrator.table import State
 
 LONG = {"prompt": "hello", "max_tokens": 250, "temperature": 0, "ignore_eos": True}
