@@ -32,18 +32,18 @@ $(VENV)/.engine: setup.cfg pyproject.toml
 	@echo "setting up $(VENV) (first time: some minutes) …"
 	$(PYTHON) -m venv $(VENV)
 	$(PY) $(PIP) "$(TORCH)"
-	$(PY) $(PIP) -e ".[engine$(if $(WHEEL),$(comma)$(WHEEL))]"
+	$(PY) $(PIP) -e ".[engine,guided,serve$(if $(WHEEL),$(comma)$(WHEEL))]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.engine
-	$(PY) $(PIP) -e ".[engine,test]"
+	$(PY) $(PIP) -e ".[engine,guided,serve,test]"
 	@touch $@
 
 # The same job under the other MPI. Two MPI wheels in one environment overwrite each other.
 $(VENV_MPICH)/.test: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV_MPICH)
 	$(VENV_MPICH)/bin/python $(PIP) "$(TORCH)"
-	$(VENV_MPICH)/bin/python $(PIP) -e ".[engine,mpich,test]"
+	$(VENV_MPICH)/bin/python $(PIP) -e ".[engine,guided,serve,mpich,test]"
 	@touch $@
 
 test: test-unit test-jobs test-mpich

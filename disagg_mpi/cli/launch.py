@@ -19,11 +19,10 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, Self
 
 import click
 
+from disagg_mpi.cli.relay import SignalRelay
 from disagg_mpi.comm.environment import Family, MpiInstall, count_cores, detect_mpi, launcher_context
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
@@ -92,7 +91,7 @@ def run_line(line: LaunchLine, sigint_as: signal.Signals = signal.SIGINT) -> int
         # SIGTERM, not SIGKILL: mpirun then takes its ranks with it, on all hosts.
         prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
-    with _SignalRelay(sigint_as) as relay:
+    with SignalRelay(sigint_as) as relay:
         try:
             # A new session rather than a new process group: a background group may not read the
             # terminal, and rank 0 may want to. preexec_fn is safe: this process has no threads.
@@ -113,42 +112,6 @@ def run_line(line: LaunchLine, sigint_as: signal.Signals = signal.SIGINT) -> int
     if code != 0:
         _kill_orphans(not_ours)
     return code if code >= 0 else 128 - code
-
-
-class _SignalRelay:
-    """Passes signals on to mpirun; the second Ctrl-C kills it. In place before mpirun starts."""
-
-    _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-    def __init__(self, sigint_as: signal.Signals) -> None:
-        self._sigint_as = sigint_as
-        self._child: subprocess.Popen[bytes] | None = None
-        self._early: list[int] = []
-        self._num_interrupts = 0
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._previous = {number: signal.signal(number, self._handle) for number in self._NUMBERS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def connect(self, child: subprocess.Popen[bytes]) -> None:
-        self._child = child
-        while self._early:
-            self._handle(self._early.pop(0), None)
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._child is None:
-            self._early.append(number)
-            return
-        self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts > 1:
-            self._child.kill()
-        else:
-            self._child.send_signal(self._sigint_as if number == signal.SIGINT else signal.SIGTERM)
 
 
 def _copy_stderr(child: subprocess.Popen[bytes]) -> None:
