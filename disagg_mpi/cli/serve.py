@@ -120,7 +120,8 @@ def serve(**options: Any) -> int:
       max_open_requests = 1000
     """
     settings = settings_of(options, "serve")
-    serving = convert(settings.command, ServeOptions, "[serve]")
+    file = options["config_file"]
+    serving = convert(settings.command, ServeOptions, "options" if file is None else f"{file} [serve]")
     limits = _limits_of(serving)
     plan = _plan(serving, options)
     job = settings.job if plan is None else plan.job

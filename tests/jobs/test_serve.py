@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,7 @@ import tritonclient.grpc as grpcclient
 import tritonclient.http as httpclient
 from inprocess import save_tiny_model
 from mpirun import MpiJob, find_mpirun, job_environment
-from serving import save_byte_tokenizer
+from serving import ServedJob, save_byte_tokenizer
 from serving_job import ServingJob
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -189,27 +190,35 @@ def test_a_rank_that_dies_ends_streams_and_server(model: Path, tmp_path: Path) -
 
 @pytest.mark.openmpi_only
 def test_copies_with_participant_and_device_ids(tmp_path: Path) -> None:
-    """The last section of the guide: two copies of each model, on two ranks each."""
-    model = save_tiny_model(tmp_path / "tiny")
-    save_byte_tokenizer(model)
+    """The last section of the guide: two copies of each model, on two ranks each (tp2, and here pp2 too)."""
+    model = save_tiny_model(tmp_path / "tiny", eos_token_id=0)
+    tokenizer = save_byte_tokenizer(model)
     repository = tmp_path / "repository"
     shutil.copytree(REPOSITORY, repository)
-    for name, ranks in (("context", "1,2;3,4"), ("generation", "5,6;7,8")):
+    for name, stages, ranks in (("context", 1, "1,2;3,4"), ("generation", 2, "5,6;7,8")):
         file = repository / name / "config.pbtxt"
         text = re.sub(r"count: \d+", "count: 2", file.read_text())
-        for key, value in (("participant_ids", ranks), ("gpu_device_ids", "0,1;2,3")):
+        for key, value in (("participant_ids", ranks), ("gpu_device_ids", "0,1;2,3"),
+                           ("pipeline_parallel_size", stages)):
             text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
         file.write_text(text)
+    scored = {"prompt": "hello", "max_tokens": 8, "temperature": 0, "echo": True, "logprobs": 2}
+    guided = {"prompt": ["hello"] * 4, "max_tokens": 8, "guided_regex": "[0-9]{3}", "seed": 1}
+    with contextlib.closing(ServedJob(model, tokenizer)) as alone:
+        (own,) = httpx.post(f"{alone.listen()}/v1/completions", json=scored).json()["choices"]
     options = ("--model-repository", str(repository), "--model", str(model), "--kv-tokens", "1024")
     with ServingJob(9, tmp_path, *options) as job:
-        body = {"prompt": ["hello"] * 4, "max_tokens": 8, "temperature": 0}
-        choices = httpx.post(f"{job.http}/v1/completions", json=body, timeout=SECONDS).json()["choices"]
-        assert len({choice["text"] for choice in choices}) == 1
-        leaders = {(role, rank): job.metric("disagg_mpi_kv_blocks_total", role=role, rank=str(rank))
-                   for role, rank in (("context", 1), ("context", 3), ("generation", 5), ("generation", 7))}
-        assert all(leaders.values())
+        found = [httpx.post(f"{job.http}/v1/completions", json=body, timeout=SECONDS).json()["choices"]
+                 for body in (scored, guided)]
+        for role, rank in (("context", 1), ("context", 3), ("generation", 5), ("generation", 7)):
+            assert job.metric("disagg_mpi_kv_blocks_total", role=role, rank=str(rank))
         job.send_signal(signal.SIGINT, 0)
         job.finish(SECONDS).assert_clean()
+    (choice,) = found[0]
+    assert choice["text"] == own["text"]
+    assert choice["logprobs"]["token_logprobs"][1:] == pytest.approx(
+        own["logprobs"]["token_logprobs"][1:], rel=1e-4)
+    assert all(re.fullmatch("[0-9]{3}", choice["text"]) for choice in found[1]), found[1]
 
 
 @pytest.mark.openmpi_only
