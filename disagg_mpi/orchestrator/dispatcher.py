@@ -25,9 +25,9 @@ import msgspec
 from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Message, Proceed, Step
 from disagg_mpi.config import DEFAULT_OVERLAP_TOKENS, RouterName
 from disagg_mpi.executor.validate import blocks_reserved, problem_with
+from disagg_mpi.orchestrator.pace import Pace
 from disagg_mpi.orchestrator.prefix_index import PrefixIndex
 from disagg_mpi.orchestrator.router import LocalContext, hit_tokens, pick_context, pick_generation
-from disagg_mpi.orchestrator.pace import Pace
 from disagg_mpi.orchestrator.snapshot import InstanceSnapshot, take_snapshot
 from disagg_mpi.orchestrator.table import Entry, InstanceView, State
 from disagg_mpi.prefix import BlockHasher

@@ -7,6 +7,8 @@ and a reader gets percentiles of every gap, not of a sample or of requests' mean
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
 import time
 from collections import deque
@@ -51,9 +53,12 @@ class Pace:
         """How many gaps the window has, and below which seconds each of ``fractions`` of them lies."""
         oldest = int((time.monotonic() if now is None else now) / self._slot_seconds) - _NUM_SLOTS
         slots = [counts for slot, counts in tuple(self._slots) if slot > oldest]
-        counts = [sum(column) for column in zip(*slots, strict=True)]
-        total = sum(counts)
-        return total, [_percentile(counts, math.ceil(fraction * total)) for fraction in fractions]
+        up_to = list(itertools.accumulate(sum(column) for column in zip(*slots, strict=True)))
+        if not up_to:
+            return 0, [0.0] * len(fractions)
+        total = up_to[-1]
+        return total, [_middle_of(bisect.bisect_left(up_to, math.ceil(fraction * total)))
+                       for fraction in fractions]
 
 
 def _bucket_of(gap: float) -> int:
@@ -62,12 +67,5 @@ def _bucket_of(gap: float) -> int:
     return min(int(math.log2(gap / _SHORTEST) * _PER_OCTAVE), _NUM_BUCKETS - 1)
 
 
-def _percentile(counts: Sequence[int], rank: int) -> float:
-    """The middle of the bucket that the gap with this rank, from 1, is in; 0 where there is none."""
-    if not rank:
-        return 0.0
-    for bucket, count in enumerate(counts):
-        rank -= count
-        if rank <= 0:
-            break
+def _middle_of(bucket: int) -> float:
     return float(_SHORTEST * 2 ** ((bucket + 0.5) / _PER_OCTAVE))

@@ -1,4 +1,4 @@
-"""Where the page lies: its files, which are open to all, and its state, which needs the API key if there is one.
+"""Where the page lies: its files, open to all, and its state, which needs the API key if there is one.
 
 The files are read once; a request names none of them but by the routes that are here.
 """
