@@ -46,6 +46,8 @@ export function rate(perSecond) {
   return perSecond >= 100 ? count(Math.round(perSecond)) : perSecond.toFixed(1);
 }
 
+export const percent = (share) => `${(100 * share).toFixed(share > 0 && share < 0.1 ? 1 : 0)} %`;
+
 export function bytes(number) {
   if (number < 1024) return `${number} B`;
   for (const unit of ["KiB", "MiB"]) {

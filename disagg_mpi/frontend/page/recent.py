@@ -15,7 +15,6 @@ from collections.abc import Sequence
 import msgspec
 
 from disagg_mpi.frontend.stats import Ended, Outcome
-from disagg_mpi.request import Timing
 
 NUM_TIMELINES = 40
 NUM_SAMPLES = 2000
@@ -44,7 +43,8 @@ class Timeline(msgspec.Struct, frozen=True, kw_only=True):
     generation: float
     """From the first token, or where generation could go on after it, to the end."""
     other: float
-    """The rest: messages between ranks, and phases that were given up."""
+    """Before the first token, and in neither queue nor context: messages, and a leader that is in a step and
+    takes none. Where no token came, all the rest."""
     ttft: float
     """0: no token came."""
     tpot: float
@@ -106,7 +106,8 @@ def _timeline_of(number: int, ended: Ended) -> Timeline:
     timing = max((choice.timing for choice in result.choices), key=lambda timing: timing.total)
     # A job that failed has no timing of what was under way, but the gate has seen how long it was.
     total = timing.total or ended.seconds
-    generation = _generation_of(timing)
+    # The hand-over comes after the first token, which context sends at once.
+    generation = max(0.0, timing.total - timing.ttft - timing.handover) if timing.ttft else 0.0
     spent = timing.queue + timing.context + timing.handover + generation
     return Timeline(
         number=number, started_at=ended.started_at, api=ended.api, outcome=ended.outcome,
@@ -116,8 +117,3 @@ def _timeline_of(number: int, ended: Ended) -> Timeline:
         other=max(0.0, total - spent), ttft=timing.ttft, tpot=timing.tpot, total=total,
         handover_bytes=timing.handover_bytes, kv_bytes=timing.kv_bytes, transport=timing.transport,
         num_preempted=timing.num_preempted)
-
-
-def _generation_of(timing: Timing) -> float:
-    """The hand-over comes after the first token, which context sends at once."""
-    return max(0.0, timing.total - timing.ttft - timing.handover) if timing.ttft else 0.0

@@ -1,13 +1,13 @@
 // One state of the server, drawn. What it means is said in frontend/page/state.py, which makes it.
 
-import { byId, bytes, count, duration, element, legend, rate, setText, span } from "./dom.js";
+import { byId, bytes, count, duration, element, legend, percent, rate, setText, span } from "./dom.js";
 import { Graph } from "./graph.js";
 
 const PHASES = [
   ["queued", "queued"], ["context", "context"], ["hand-over", "handover"], ["generation", "generation"]];
 const PARTS = [
-  ["queue", "queued", "queue"], ["context", "context", "context"], ["handover", "handover", "hand-over"],
-  ["generation", "generation", "generation"], ["other", "other", "other"]];
+  ["queue", "queued", "queue"], ["other", "other", "on the way"], ["context", "context", "context"],
+  ["handover", "handover", "hand-over"], ["generation", "generation", "generation"]];
 const LATENCIES = [
   ["ttft", "TTFT", "Time to first token: from submission until it was at rank 0"],
   ["itl", "ITL", "Inter-token latency: every gap between a request's tokens as rank 0 saw them"],
@@ -67,9 +67,9 @@ export class View {
   #history(state) {
     this.#samples.push({ at: state.at, tokens: state.num_tokens });
     while (this.#samples.length > 2 && this.#samples[1].at < state.at - RATE_SECONDS) this.#samples.shift();
-    const first = this.#samples[0];
-    const elapsed = state.at - first.at;
-    const perSecond = elapsed ? (state.num_tokens - first.tokens) / elapsed : 0;
+    const [first, second] = this.#samples;
+    if (!second) return;
+    const perSecond = (state.num_tokens - first.tokens) / (state.at - first.at);
     const values = PHASES.map(([phase]) => state.phases[phase]);
     setText(byId("rate"), rate(perSecond));
     setText(byId("open"), count(values.reduce((sum, value) => sum + value, 0)));
@@ -98,6 +98,7 @@ export class View {
       this.#cards = new Map(state.instances.map((instance) => [instance.id, new Card(instance)]));
       host.replaceChildren(orchestratorCard(state), ...[...this.#cards.values()].map((card) => card.node));
     }
+    setText(byId("queued"), `${count(state.phases.queued)} requests wait for a place`);
     for (const instance of state.instances) this.#cards.get(instance.id).show(instance);
   }
 
@@ -114,10 +115,14 @@ export class View {
 }
 
 function orchestratorCard(state) {
+  const queued = element("span");
+  queued.id = "queued";
   return element("article", "instance", "",
     element("h3", "", "orchestrator", element("span", "", "HTTP")),
     places([0], [state.host], null),
-    element("div", "pair", "", element("span", "", `context length ${count(state.max_model_len)} tokens`)));
+    element("div", "pair", "", element("span", "", "context length"),
+      element("span", "", `${count(state.max_model_len)} tokens`)),
+    element("div", "pair", "", queued));
 }
 
 // The ranks of an instance, by the hosts that they are on.
@@ -161,7 +166,7 @@ class Card {
     this.#bar.style.width = `${(100 * share).toFixed(2)}%`;
     this.#meter.ariaValueNow = String(used);
     this.#meter.title = `${count(used * size)} of ${count(total * size)} tokens; ${size} tokens a block`;
-    setText(this.#blocks, `${count(used)} of ${count(total)} · ${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`);
+    setText(this.#blocks, `${count(used)} of ${count(total)} · ${percent(share)}`);
     setText(this.#requests, `${count(instance.num_requests)} of ${count(instance.max_batch_size)} requests`);
     const isSilent = instance.silent_seconds > 10;
     this.#waiting.className = isSilent ? "warn" : "";
@@ -196,7 +201,7 @@ function row(timeline, scale) {
 function explanation(timeline) {
   const lines = PARTS.map(([part, , text]) => `${text}: ${duration(timeline[part])}`);
   if (timeline.transport) {
-    lines[2] += `, ${bytes(timeline.handover_bytes)} of ${bytes(timeline.kv_bytes)} moved (${timeline.transport})`;
+    lines[3] += `, ${bytes(timeline.handover_bytes)} of ${bytes(timeline.kv_bytes)} moved (${timeline.transport})`;
   }
   lines.push(`first token after ${duration(timeline.ttft)}, each next ${duration(timeline.tpot)}`,
              `${count(timeline.prompt_tokens)} prompt tokens, ${count(timeline.cached_tokens)} of them cached, `
