@@ -211,6 +211,7 @@ def test_a_refusal_is_shown_in_the_servers_words(serve: Any, open_tab: Any) -> N
 def test_the_key_is_asked_for_and_goes_with_the_tab(serve: Any, open_tab: Any) -> None:
     tab = open_tab(serve(api_key="secret").listen())
     tab.expect("#key-form").to_be_visible()
+    tab.expect("#prompt").to_be_hidden()
     tab.shoot("page-key")
     tab.fill("#key", "wrong")
     tab.keyboard.press("Enter")
@@ -262,6 +263,6 @@ def test_it_fits_any_window_in_both_themes(
     for width in (1600, 1100, 800, 360):
         tab.set_viewport_size({"width": width, "height": 800})
         assert tab.is_as_wide_as_its_window()
-        assert tab.evaluate("document.querySelector('.latencies').scrollWidth <= "
-                            "document.querySelector('.latencies').clientWidth")
+        assert tab.locator(".scroll").evaluate_all(
+            "tables => tables.every(table => table.scrollWidth <= table.clientWidth)")
         tab.shoot(f"page-{scheme}-{width}")

@@ -32,6 +32,7 @@ async function askForKey() {
   if (sessionStorage.getItem(KEY) !== null) setText(byId("key-problem"), "The server does not take that key.");
   sessionStorage.removeItem(KEY);
   setText(byId("health"), "needs its API key");
+  document.body.classList.add("locked");
   form.hidden = false;
   byId("key").focus();
   await once(form, "submit");
@@ -43,7 +44,7 @@ function showGone() {
   goneSince ||= Date.now();
   document.body.classList.add("gone");
   byId("gone").hidden = false;
-  setText(byId("gone"), `The server has not answered for ${span((Date.now() - goneSince) / 1000)}; `
+  setText(byId("gone"), `The server has been away for ${span((Date.now() - goneSince) / 1000)}; `
     + "trying again. What is below was true before.");
   setText(byId("health"), "gone");
   byId("health").className = "pill bad";
@@ -51,7 +52,7 @@ function showGone() {
 
 function showBack() {
   goneSince = 0;
-  document.body.classList.remove("gone");
+  document.body.classList.remove("gone", "locked");
   byId("gone").hidden = true;
   byId("key-form").hidden = true;
 }

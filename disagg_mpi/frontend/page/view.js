@@ -190,7 +190,7 @@ function row(timeline, scale) {
   }
   bar.title = explanation(timeline);
   const made = element("tr", "", "",
-    element("td", "", began), element("td", "wide", timeline.api + copies),
+    element("td", "began", began), element("td", "wide", timeline.api + copies),
     element("td", `outcome-${timeline.outcome}`, timeline.outcome), tokens,
     element("td", "number wide", duration(timeline.ttft)), element("td", "number", duration(timeline.total)),
     element("td", "timeline", "", bar));
