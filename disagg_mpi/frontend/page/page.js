@@ -3,7 +3,7 @@
 // A server that goes away leaves the last state, greyed, until it or another one answers. The API key, if the
 // server needs one, is asked for once and kept in this tab's session alone.
 
-import { byId, setText, span } from "./dom.js";
+import { byId, setText } from "./dom.js";
 import { PromptBox } from "./prompt.js";
 import { View } from "./view.js";
 
@@ -14,7 +14,6 @@ const PATIENCE_MS = 8000;
 const KEY = "disagg_mpi.api-key";
 
 const view = new View();
-let goneSince = 0;
 
 const sleep = (milliseconds) => new Promise((resolve) => { setTimeout(resolve, milliseconds); });
 
@@ -41,17 +40,13 @@ async function askForKey() {
 }
 
 function showGone() {
-  goneSince ||= Date.now();
   document.body.classList.add("gone");
   byId("gone").hidden = false;
-  setText(byId("gone"), `The server has been away for ${span((Date.now() - goneSince) / 1000)}; `
-    + "trying again. What is below was true before.");
   setText(byId("health"), "gone");
   byId("health").className = "pill bad";
 }
 
 function showBack() {
-  goneSince = 0;
   document.body.classList.remove("gone", "locked");
   byId("gone").hidden = true;
   byId("key-form").hidden = true;
