@@ -23,10 +23,11 @@ from disagg_mpi.frontend.health import Health
 from disagg_mpi.frontend.metrics import CONTENT_TYPE, Metrics
 from disagg_mpi.frontend.openai.errors import ApiError, api_error_of, response_of
 from disagg_mpi.frontend.openai.routes import routes as openai_routes
+from disagg_mpi.frontend.page.routes import OPEN_PAGE_PATHS, page_routes
 from disagg_mpi.frontend.served import Served
 from disagg_mpi.frontend.stats import ServingStats
 
-OPEN_PATHS = frozenset({"/health", "/metrics", "/v2/health/live", "/v2/health/ready"})
+OPEN_PATHS = frozenset({"/health", "/metrics", "/v2/health/live", "/v2/health/ready"}) | OPEN_PAGE_PATHS
 """Paths that need no API key: they tell nothing that a client sent."""
 
 _REASONS = {400: "invalid", 401: "unauthorized", 404: "not_found", 413: "too_large", 429: "overloaded"}
@@ -35,9 +36,9 @@ _REASONS = {400: "invalid", 401: "unauthorized", 404: "not_found", 413: "too_lar
 def make_app(
     gate: Gate, health: Health, metrics: Metrics, more: Sequence[BaseRoute] = ()
 ) -> ASGIApp:
-    """The application of the HTTP port: OpenAI's API and ``more`` routes."""
+    """The application of the HTTP port: OpenAI's API, the page, and ``more`` routes."""
     return Starlette(
-        routes=[*_own_routes(health, metrics), *openai_routes(gate), *more],
+        routes=[*_own_routes(health, metrics), *openai_routes(gate), *page_routes(gate, health), *more],
         middleware=[Middleware(Guard, gate.served, gate.stats)],
         exception_handlers=_handlers(gate.stats))
 

@@ -183,7 +183,8 @@ class _Job:
                 ways.update(message.ways.values())
                 instances.append(InstanceView(
                     group.instance_id, group.role, group.name, rank, message.limits, message.ways,
-                    message.pool if self.config.prefix_cache else "", group.ranks))
+                    message.pool if self.config.prefix_cache else "", group.ranks, str(group.shape),
+                    [self.world.host_names[member] for member in group.ranks], group.device_ids))
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
         if ways:

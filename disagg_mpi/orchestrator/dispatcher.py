@@ -25,6 +25,7 @@ import msgspec
 from disagg_mpi.comm.messages import Cancel, DropOffer, Enqueue, Message, Proceed, Step
 from disagg_mpi.config import DEFAULT_OVERLAP_TOKENS, RouterName
 from disagg_mpi.executor.validate import blocks_reserved, problem_with
+from disagg_mpi.orchestrator.pace import Pace
 from disagg_mpi.orchestrator.prefix_index import PrefixIndex
 from disagg_mpi.orchestrator.router import LocalContext, hit_tokens, pick_context, pick_generation
 from disagg_mpi.orchestrator.snapshot import InstanceSnapshot, take_snapshot
@@ -75,6 +76,7 @@ class Dispatcher:
         self._local = LocalContext(None if threshold == "auto" else threshold,
                                    self._generation[0].limits.max_num_tokens)
         self._hashers = self._make_indices()
+        self.pace = Pace()
 
     # ---- events ----
 
@@ -284,6 +286,7 @@ class Dispatcher:
             instance.free_blocks += entry.num_blocks - response.num_blocks
             entry.num_blocks = response.num_blocks
         if response.token_ids and entry.verdict is None:
+            self.pace.add(len(response.token_ids), now, entry.last_token_at)
             entry.count_tokens(len(response.token_ids), now)
             if entry.context is not None:
                 self._context_done(entry)

@@ -29,6 +29,7 @@ from disagg_mpi.comm.waiting import RINGABLE_SLEEP, Doorbell, Waiter
 from disagg_mpi.errors import DisaggError, IntegrityError, JobFailed, RequestError
 from disagg_mpi.orchestrator.dispatcher import Dispatcher, Policy
 from disagg_mpi.orchestrator.handle import LoopFeed, RequestHandle
+from disagg_mpi.orchestrator.pace import Pace
 from disagg_mpi.orchestrator.snapshot import JobSnapshot
 from disagg_mpi.orchestrator.table import Entry, InstanceView, find_shared_blocks
 from disagg_mpi.request import ExecutorLimits, ExecutorRequest, PoolBlocks, Request, Result, SamplingParams
@@ -182,6 +183,11 @@ class Orchestrator:
     def num_open(self) -> int:
         """Requests that are not over."""
         return self._dispatcher.num_open
+
+    @property
+    def pace(self) -> Pace:
+        """How many tokens have come, and how far apart. To be read from any thread."""
+        return self._dispatcher.pace
 
     @property
     def limits(self) -> ExecutorLimits:

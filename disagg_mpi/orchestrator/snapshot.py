@@ -24,6 +24,12 @@ class InstanceSnapshot(msgspec.Struct, frozen=True, kw_only=True):
     name: str
     ranks: tuple[int, ...]
     """The leader's first."""
+    shape: str
+    """``tp2``, ``tp1pp2``."""
+    hosts: tuple[str, ...]
+    """Of each of ``ranks``; empty where nobody has said."""
+    device_ids: tuple[int, ...] | None
+    """Of each of ``ranks``, if the configuration names them."""
     num_blocks: int
     promised_blocks: int
     """Blocks that requests hold there, or were promised; what the prefix cache keeps beside is free."""
@@ -70,7 +76,8 @@ def take_snapshot(
 def _snapshot_of(view: InstanceView, owed_since: float | None, now: float) -> InstanceSnapshot:
     silent = 0.0 if owed_since is None else max(0.0, now - max(owed_since, view.heard_at))
     return InstanceSnapshot(
-        id=view.id, role=view.role.value, name=view.name, ranks=view.ranks,
+        id=view.id, role=view.role.value, name=view.name, ranks=view.ranks, shape=view.shape,
+        hosts=view.hosts, device_ids=view.device_ids,
         num_blocks=view.limits.num_blocks, promised_blocks=view.limits.num_blocks - view.free_blocks,
         tokens_per_block=view.limits.tokens_per_block, max_batch_size=view.limits.max_batch_size,
         num_requests=view.num_requests, pending_context_tokens=view.pending_context_tokens,

@@ -37,12 +37,17 @@ class InstanceView:
 
     def __init__(self, instance_id: int, role: Role, name: str, leader: int, limits: ExecutorLimits,
                  ways: Mapping[int, str] | None = None, pool: str = "",
-                 ranks: Sequence[int] = ()) -> None:
+                 ranks: Sequence[int] = (), shape: str = "tp1", hosts: Sequence[str] = (),
+                 device_ids: Sequence[int] | None = None) -> None:
         self.id = instance_id
         self.role = role
         self.name = name
         self.leader = leader
         self.ranks = tuple(ranks) or (leader,)
+        self.shape = shape
+        self.hosts = tuple(hosts)
+        """The host's name for each of ``ranks``."""
+        self.device_ids = None if device_ids is None else tuple(device_ids)
         self.limits = limits
         self.free_blocks = limits.num_blocks
         """Blocks not promised to any request: never more than the instance has free."""

@@ -72,9 +72,9 @@ class ServedJob:
             transport=httpx.ASGITransport(self.app, raise_app_exceptions=False), base_url="http://test",
             timeout=PATIENCE, **options)
 
-    def listen(self, grace: float = 0.5) -> str:
-        """Start a real server on a free port; its address."""
-        http, metrics = bind("127.0.0.1", 0, "--http-port"), bind("127.0.0.1", 0, "--metrics-port")
+    def listen(self, grace: float = 0.5, port: int = 0) -> str:
+        """Start a real server, on a free port unless one is given; its address."""
+        http, metrics = bind("127.0.0.1", port, "--http-port"), bind("127.0.0.1", 0, "--metrics-port")
         self.metrics_url = f"http://127.0.0.1:{port_of(metrics)}"
         self._server = Server(
             self.gate, self.app, make_metrics_app(self.gate, self.health, self.metrics), http, metrics,
