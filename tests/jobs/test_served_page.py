@@ -10,18 +10,9 @@ from typing import Any
 
 import httpx
 import pytest
-from mpirun import MpiJob
+from serving_job import ServingJob
 
-READY_SECONDS = 120.0
 STATE_SECONDS = 20.0
-
-
-def address_in(file: Path, job: MpiJob) -> str:
-    end = time.monotonic() + READY_SECONDS
-    while not file.exists():
-        assert job.process.poll() is None and time.monotonic() < end, job.finish(5).text
-        time.sleep(0.05)
-    return next(line for line in file.read_text().splitlines() if line.startswith("http=")).partition("=")[2]
 
 
 def state_when_ended(client: httpx.Client) -> Any:
@@ -37,15 +28,14 @@ PIPELINE = ["--aggregated", "pp2", "--aggregated-participant-ids", "2,1", "--agg
 
 
 @pytest.mark.model
+@pytest.mark.openmpi_only
 @pytest.mark.parametrize(("layout", "ranks"), [
     ([], [("context 0", [1], "tp1", None), ("generation 0", [2], "tp1", None)]),
     (PIPELINE, [("aggregated 0", [2, 1], "tp1pp2", [4, 5])]),
 ], ids=["disaggregated", "pipeline"])
 def test_the_page_of_a_real_job(layout: list[str], ranks: list[Any], model: Path, tmp_path: Path) -> None:
-    file = tmp_path / "address"
-    argv = ["-m", "disagg_mpi", "serve", "--model", str(model), "--http-port", "0", "--metrics-port", "0",
-            "--address-file", str(file), *layout]
-    with MpiJob(3, argv) as job, httpx.Client(base_url=address_in(file, job), timeout=60) as client:
+    with (ServingJob(3, tmp_path, "--model", str(model), *layout) as job,
+          httpx.Client(base_url=job.http, timeout=60) as client):
         assert "<title>disagg_mpi</title>" in client.get("/").text
         answer = client.post("/v1/completions", json={
             "prompt": "Machine learning is", "max_tokens": 6, "temperature": 0, "ignore_eos": True})
