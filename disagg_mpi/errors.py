@@ -54,6 +54,12 @@ class MpiError(DisaggError):
     exit_code = 2
 
 
+class LauncherMismatchError(MpiError):
+    """The launcher and the MPI library speak different dialects: N ranks became N worlds of one.
+
+    Every process of the job raises it, and none of them can tell the others."""
+
+
 class RequestError(DisaggError):
     """One request cannot be served; the job goes on."""
 

@@ -23,7 +23,14 @@ from pathlib import Path
 import click
 
 from disagg_mpi.cli.relay import SignalRelay
-from disagg_mpi.comm.environment import Family, MpiInstall, count_cores, detect_mpi, launcher_context
+from disagg_mpi.comm.environment import (
+    Family,
+    LauncherContext,
+    MpiInstall,
+    count_cores,
+    detect_mpi,
+    launcher_context,
+)
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
 
@@ -39,13 +46,14 @@ _ORPHAN_CHECK_SECONDS = 0.2
 
 
 @click.command("launch")
-@click.option("-n", "--num-ranks", type=click.IntRange(min=1), required=True,
-              help="Size of the MPI world; `layout` prints how many a job needs.")
+@click.option("-n", "--num-ranks", type=click.IntRange(min=1),
+              help="Size of the MPI world; `layout` prints how many a job needs. "
+                   "[default: inside a Slurm job its number of tasks]")
 @click.option("--mpirun-arg", "mpirun_args", multiple=True, metavar="ARG",
               help="One more argument for mpirun itself; may be repeated.")
 @click.option("--dry-run", is_flag=True, help="Print the line and start nothing.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def launch(num_ranks: int, mpirun_args: tuple[str, ...], dry_run: bool,
+def launch(num_ranks: int | None, mpirun_args: tuple[str, ...], dry_run: bool,
            command: tuple[str, ...]) -> None:
     """Run COMMAND as a job of N ranks, with the mpirun that belongs to this Python.
 
@@ -54,7 +62,8 @@ def launch(num_ranks: int, mpirun_args: tuple[str, ...], dry_run: bool,
     """
     try:
         install = detect_mpi()
-        line = compose(install, num_ranks, python_command(command), launcher_context(),
+        context = launcher_context()
+        line = compose(install, num_ranks or _tasks_of(context), python_command(command), context,
                        cores=count_cores(), extra_args=mpirun_args)
     except DisaggError as error:
         click.echo(f"Error: {error}", err=True)
@@ -64,6 +73,14 @@ def launch(num_ranks: int, mpirun_args: tuple[str, ...], dry_run: bool,
         return
     tell_line(line)
     sys.exit(run_line(line, sigint_as=sigint_of(install)))
+
+
+def _tasks_of(context: LauncherContext) -> int:
+    """The Slurm job's number of tasks. Raises :class:`UsageError` where there is none."""
+    if context.slurm is None or context.slurm.num_tasks is None:
+        raise UsageError("how many ranks? give -n N, which `python -m disagg_mpi layout` tells; it can be "
+                         "left out only inside a Slurm job with --ntasks")
+    return context.slurm.num_tasks
 
 
 def tell_line(line: LaunchLine) -> None:

