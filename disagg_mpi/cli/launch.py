@@ -22,7 +22,7 @@ from pathlib import Path
 
 import click
 
-from disagg_mpi.cli.relay import SignalRelay
+from disagg_mpi.cli.relay import MARK_VARIABLE, SignalRelay
 from disagg_mpi.comm.environment import (
     Family,
     LauncherContext,
@@ -113,7 +113,7 @@ def run_line(line: LaunchLine, sigint_as: signal.Signals = signal.SIGINT) -> int
             # A new session rather than a new process group: a background group may not read the
             # terminal, and rank 0 may want to. preexec_fn is safe: this process has no threads.
             child = subprocess.Popen(
-                line.argv, env=os.environ | line.env, stderr=subprocess.PIPE,
+                line.argv, env=os.environ | line.env | {MARK_VARIABLE: relay.mark}, stderr=subprocess.PIPE,
                 start_new_session=True, preexec_fn=end_with_parent)
         except OSError as error:
             click.echo(f"Error: cannot start {line.argv[0]}: {error.strerror}", err=True)

@@ -27,7 +27,8 @@ _HANDOVER_TEXT = {
 @click.command()
 @job_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def layout(as_json: bool, **options: Any) -> None:
+@click.option("--ranks", is_flag=True, help="Print the number of ranks alone, for scripts.")
+def layout(as_json: bool, ranks: bool, **options: Any) -> None:
     """Print the rank map and the memory estimate of a job, without MPI.
 
     \b
@@ -36,6 +37,9 @@ def layout(as_json: bool, **options: Any) -> None:
     """
     config = settings_of(options).job
     topology = build_topology(config)
+    if ranks:
+        click.echo(topology.world_size)
+        return
     plan, note = _plan(config)
     if plan is not None:
         check_model_fits(topology, plan.spec.num_layers, plan.spec.num_heads, plan.spec.num_kv_heads)

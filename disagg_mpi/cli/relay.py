@@ -11,13 +11,16 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 
 from disagg_mpi.comm.environment import launcher_context
+
+MARK_VARIABLE = "DISAGG_MPI_LAUNCHER"
+"""Says in a rank's environment which launcher it belongs to."""
 
 
 class SignalRelay:
@@ -28,6 +31,8 @@ class SignalRelay:
     def __init__(self, sigint_as: signal.Signals) -> None:
         """``sigint_as``: what mpirun is sent for a SIGINT."""
         self._sigint_as = sigint_as
+        self.mark = f"{socket.gethostname()}:{os.getpid()}"
+        """What the job must be started with in :data:`MARK_VARIABLE`."""
         self._child: subprocess.Popen[bytes] | None = None
         self._early: list[int] = []
         self._num_interrupts = 0
@@ -55,34 +60,29 @@ class SignalRelay:
         if self._num_interrupts > 1:
             self._child.kill()
             return
-        rank_0 = find_rank_0(self._child.pid)
+        rank_0 = find_rank_0(self.mark)
         if rank_0 is not None:
             with contextlib.suppress(ProcessLookupError):  # it ends already, and mpirun with it
-                os.kill(rank_0, signal.SIGINT)
+                os.kill(rank_0, signal.SIGTERM if number == signal.SIGHUP else number)
         else:
             self._child.send_signal(self._sigint_as if number == signal.SIGINT else signal.SIGTERM)
 
 
-def find_rank_0(mpirun: int) -> int | None:
-    """The process of rank 0 below ``mpirun``; ``None`` where there is none, or none on this host."""
-    for process in _descendants(mpirun):  # outer ones first: a rank's own children inherit its variables
+def find_rank_0(mark: str) -> int | None:
+    """Rank 0 of the job that has ``mark`` in :data:`MARK_VARIABLE`; ``None`` where this host has none.
+
+    By the mark, not by descent: under Slurm the ranks are children of its daemon, on mpirun's host too.
+    """
+    found = []
+    for environ_file in Path("/proc").glob("[0-9]*/environ"):
         try:
-            words = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended, or there is no such file system
+            words = environ_file.read_bytes().split(b"\0")
+        except OSError:  # another user's, or it has ended
             continue
         pairs = (word.decode(errors="replace").partition("=") for word in words)
         environ = {name: value for name, _, value in pairs}
-        if launcher_context(environ).rank == 0:
-            return process
-    return None
-
-
-def _descendants(process: int) -> Iterator[int]:
-    """Breadth first."""
-    waiting = [process]
-    for parent in waiting:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            with contextlib.suppress(OSError):
-                found = [int(word) for word in children.read_text().split()]
-                waiting += found
-                yield from found
+        context = launcher_context(environ)  # mpirun's own daemons may be srun's tasks
+        if environ.get(MARK_VARIABLE) == mark and (context.launcher, context.rank) == ("mpirun", 0):
+            found.append(int(environ_file.parent.name))
+    # A rank's own children inherit its variables, and came after it.
+    return min(found, default=None)
