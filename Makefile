@@ -53,11 +53,11 @@ test-unit: $(VENV)/.test
 
 test-jobs: $(VENV)/.test
 	$(PY) tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(PY) -m pytest tests/failure tests/jobs tests/hosts
+	$(PY) -m pytest tests/failure tests/jobs tests/hosts tests/slurm
 
 test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
-	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs tests/hosts -m "jobs and not openmpi_only"
+	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs tests/hosts tests/slurm -m "(jobs or slurm) and not openmpi_only"
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check disagg_mpi examples scripts tests benchmarks

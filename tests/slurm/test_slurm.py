@@ -85,7 +85,7 @@ def test_a_server_is_asked_and_ended(cluster: Cluster, folder: Path, way: str) -
     assert not key.exists() and not (folder / f"server-{job}.address").exists()
 
 
-@pytest.mark.skipif(not IS_OPENMPI, reason="one MPI is enough to run a loop over layouts")
+@pytest.mark.openmpi_only
 def test_a_sweep(cluster: Cluster, folder: Path) -> None:
     job = submit(cluster, folder, "sweep.sbatch", "prompts.jsonl", options=("--wait",))
     names = ["aggregated-2", "context-1-generation-1", "context-2-generation-1"]
