@@ -37,6 +37,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     api_key: str | None = None
     address_file: Path | None = None
     grace: float = 10.0
+    check: bool = False
     max_body_bytes: int | None = None
     max_prompt_tokens: int | None = None
     max_n: int | None = None
@@ -85,6 +86,7 @@ class ServeOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 @click.option("--grace", type=float, metavar="S",
               help="At Ctrl-C or SIGTERM, seconds that open requests have to end before they are cancelled; "
                    "a second signal ends all at once. [default: 10]")
+@click.option("--check", is_flag=True, help="At the end, check that no block or transfer is left over.")
 @click.option("--max-open-requests", type=int, metavar="N",
               help="Sequences that are open at once, waiting ones included; clients beyond get 429 and "
                    "try again. [default: 512]")
@@ -131,7 +133,13 @@ def serve(**options: Any) -> int:
     guards.allow_grace(serving.grace)
     with launch(job, progress=_tell) as orchestrator:
         if orchestrator is not None and ports is not None:
-            _serve(_served(orchestrator, job, serving, limits), serving, ports, plan)
+            try:
+                _serve(_served(orchestrator, job, serving, limits), serving, ports, plan)
+            except KeyboardInterrupt:
+                if serving.check:
+                    orchestrator.check_integrity()
+                    _tell("checked: nothing is left over")
+                raise
     return 0
 
 
