@@ -65,8 +65,9 @@ class GrpcServer:
         key = self._service.served.api_key
         server = grpc.aio.server(
             interceptors=[] if key is None else [_KeyInterceptor(key)],
-            # Twice what is admitted: requests beyond it are told so, and questions about models get through.
-            maximum_concurrent_rpcs=2 * limits.max_open_requests,
+            # Far beyond what is admitted: requests that are too many should be told so by the gate. gRPC's own
+            # refusal ends a call while its client still sends, which grpc.aio reports as an internal error.
+            maximum_concurrent_rpcs=limits.max_open_requests + limits.max_connections,
             options=[
                 ("grpc.max_receive_message_length", limits.max_body_bytes),
                 ("grpc.max_send_message_length", -1),  # logits; their own limit says how much
