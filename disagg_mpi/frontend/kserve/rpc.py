@@ -65,7 +65,7 @@ class GrpcServer:
         key = self._service.served.api_key
         server = grpc.aio.server(
             interceptors=[] if key is None else [_KeyInterceptor(key)],
-            # Far beyond what is admitted: requests that are too many should be told so by the gate. gRPC's own
+            # Far beyond what is admitted, for the gate to tell requests that they are too many: gRPC's own
             # refusal ends a call while its client still sends, which grpc.aio reports as an internal error.
             maximum_concurrent_rpcs=limits.max_open_requests + limits.max_connections,
             options=[
