@@ -12,6 +12,7 @@ import msgspec
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -147,4 +148,8 @@ def _handlers(stats: ServingStats) -> dict[type[Exception], ExceptionHandler]:
         return error_response(http.url.path, ApiError(
             500, "the server failed to answer this request; its log says more"), stats)
 
-    return {ApiError: of_api, DisaggError: of_ours, HTTPException: of_http, Exception: of_any}
+    def of_gone(http: HttpRequest, error: Exception) -> Response:
+        return Response(status_code=499)  # before its body was here; nobody reads this
+
+    return {ApiError: of_api, DisaggError: of_ours, HTTPException: of_http, ClientDisconnect: of_gone,
+            Exception: of_any}

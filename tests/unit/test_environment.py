@@ -151,14 +151,16 @@ def test_apply_returns_what_it_set(monkeypatch: pytest.MonkeyPatch) -> None:
     env = {"OMP_NUM_THREADS": "7"}
     added = environment.apply(env, num_threads=2)
     openmpi = environment.process_environment(OPENMPI, {})
-    assert added == openmpi | {"MKL_NUM_THREADS": "2", "GOMP_SPINCOUNT": "2000"}
+    assert added == openmpi | {
+        "MKL_NUM_THREADS": "2", "GOMP_SPINCOUNT": "2000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
+        "LRU_CACHE_CAPACITY": "128"}
     assert env == added | {"OMP_NUM_THREADS": "7"}
 
 
 def test_threads_that_share_cores_do_not_spin() -> None:
-    assert environment.thread_environment(1, {})["OMP_WAIT_POLICY"] == "passive"
-    assert "OMP_WAIT_POLICY" not in environment.thread_environment(4, {})
-    assert "GOMP_SPINCOUNT" not in environment.thread_environment(4, {"OMP_WAIT_POLICY": "active"})
+    assert environment.compute_environment(1, {})["OMP_WAIT_POLICY"] == "passive"
+    assert "OMP_WAIT_POLICY" not in environment.compute_environment(4, {})
+    assert "GOMP_SPINCOUNT" not in environment.compute_environment(4, {"OMP_WAIT_POLICY": "active"})
 
 
 def test_the_launcher_must_belong_to_the_library() -> None:
