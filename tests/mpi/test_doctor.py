@@ -93,7 +93,7 @@ def test_a_world_of_one_under_a_launcher_is_explained(context: LauncherContext, 
     finding = mismatch_finding(context, world_size)
     assert (finding is not None) == stops
     if finding and context.launcher == "srun":
-        assert "srun --mpi=pmi2" in finding.remedy
+        assert "srun --mpi=pmi2" in finding.text
 
 
 def test_the_machine_is_rendered() -> None:
