@@ -8,6 +8,7 @@ Without parts: all of them. ``routing`` needs a trace of requests (see ``routing
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import subprocess
 import sys
@@ -129,6 +130,24 @@ def rank0() -> str:
     return table("Rank 0 and waiting", ["figure", "value", "aim"], rows)
 
 
+def serve() -> str:
+    rows = []
+    for line in _output_of("serve.py").splitlines():
+        row = json.loads(line)
+        costs = [f"{row[name] * 1e6:.1f}" for name in ("cpu", "bare_cpu", "paced_cpu")]
+        rows.append([
+            row["call"], row["streams"], *costs, f"{row['of_bare']:.2f}", f"{row['of_paced']:.2f}",
+            verdict(row["of_paced"], 1.5, at_most=True), f"{row['per_second']:,.0f}",
+            verdict(row["per_second"], 10_000)])
+    columns = ["call", "streams", "µs a token", "bare", "bare, paced", "of bare", "of paced", "aim", "tokens/s",
+               "aim"]
+    return table(
+        "Rank 0 as a server", columns, rows,
+        "CPU of rank 0, all of its threads, for a streamed token of executors that compute nothing, and of a "
+        "bare starlette + uvicorn server that streams the same bytes: as fast as it can, and sleeping between "
+        "two tokens of a stream as long as ours takes for a step. Medians; all share the cores.")
+
+
 def start() -> str:
     import startup
 
@@ -161,7 +180,7 @@ def _rate(found: dict[str, Any]) -> str:
 
 PARTS: dict[str, Callable[[], str]] = {
     "engine": engine, "handover": handover, "overlap": overlap, "parallel": parallel, "reuse": reuse,
-    "rank0": rank0, "start": start}
+    "rank0": rank0, "serve": serve, "start": start}
 
 
 def main() -> None:

@@ -66,6 +66,10 @@ class RankMemory:
             self.shared.close()
 
 
+# Of executors that compute nothing: any tokenizer's ids are in it.
+_NULL_VOCABULARY = 2**20
+
+
 def make_memory(world: World, config: JobConfig, arrangement: Arrangement) -> RankMemory:
     """The memory of this rank. Collective over the host."""
     groups = [group.ranks for group in world.topology.groups]
@@ -136,7 +140,7 @@ def null_limits(config: JobConfig, group: Group) -> ExecutorLimits:
     return ExecutorLimits(
         num_blocks=-(-config.kv_tokens // block_size), tokens_per_block=block_size,
         max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
-        max_model_len=config.kv_tokens, vocab_size=32000, reserved_output=config.reserved_output)
+        max_model_len=config.kv_tokens, vocab_size=_NULL_VOCABULARY, reserved_output=config.reserved_output)
 
 
 def load_stage(

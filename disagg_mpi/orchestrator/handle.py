@@ -31,10 +31,30 @@ class LoopFeed:
         self._loop = weakref.ref(loop)
         self._waiting: deque[tuple[asyncio.Queue[_Event], _Event]] = deque()
         self._is_called = False
+        self._is_held = False
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anybody can read from it."""
+        loop = self._loop()
+        return loop is not None and not loop.is_closed()
+
+    def hold(self) -> None:
+        """Do not wake the loop before :meth:`release`: a step's events come at once. On the pump thread."""
+        self._is_held = True
+
+    def release(self) -> None:
+        self._is_held = False
+        if self._waiting:
+            self._wake()
 
     def push(self, inbox: asyncio.Queue[_Event], event: _Event) -> None:
         """On the pump thread."""
         self._waiting.append((inbox, event))
+        if not self._is_held:
+            self._wake()
+
+    def _wake(self) -> None:
         if self._is_called:  # it has not looked yet, or will look again: see _deliver
             return
         self._is_called = True

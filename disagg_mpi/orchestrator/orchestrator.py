@@ -66,6 +66,8 @@ class Orchestrator:
         self._handles: dict[int, RequestHandle] = {}
         self._feeds: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, LoopFeed] = (
             weakref.WeakKeyDictionary())
+        self._open_feeds: tuple[LoopFeed, ...] = ()
+        """The same for the pump thread; replaced, never changed."""
         self._checks: dict[int, queue.SimpleQueue[IntegrityReport]] = {}
         self._failure: BaseException | None = None
         self._closing = False
@@ -299,7 +301,14 @@ class Orchestrator:
 
     def _take(self, message: object) -> None:
         if isinstance(message, Step):
-            self._dispatcher.on_step(message)
+            feeds = self._open_feeds
+            for feed in feeds:
+                feed.hold()
+            try:
+                self._dispatcher.on_step(message)
+            finally:
+                for feed in feeds:
+                    feed.release()
         elif isinstance(message, IntegrityReport):
             reports = self._checks.get(message.token)
             if reports is not None:
@@ -329,6 +338,7 @@ class Orchestrator:
         feed = self._feeds.get(loop)
         if feed is None:
             feed = self._feeds[loop] = LoopFeed(loop)
+            self._open_feeds = (*(other for other in self._open_feeds if other.is_open), feed)
         return feed
 
     def _forget(self, handle: RequestHandle) -> None:

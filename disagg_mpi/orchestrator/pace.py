@@ -35,6 +35,7 @@ class Pace:
         self._slot_seconds = window_seconds / _NUM_SLOTS
         self._slots: deque[tuple[int, list[int]]] = deque(maxlen=_NUM_SLOTS)
         """(number of the slot since the clock's zero, gaps in each bucket)."""
+        self._last_gap, self._last_bucket = 0.0, 0
 
     def add(self, count: int, now: float, last_token_at: float) -> None:
         """One sequence got ``count`` tokens at ``now`` and its last ones at ``last_token_at`` (0: none yet).
@@ -47,7 +48,10 @@ class Pace:
         slot = int(now / self._slot_seconds)
         if not self._slots or self._slots[-1][0] != slot:
             self._slots.append((slot, [0] * _NUM_BUCKETS))
-        self._slots[-1][1][_bucket_of(now - last_token_at)] += 1
+        gap = now - last_token_at
+        if gap != self._last_gap:  # sequences that step together have one gap
+            self._last_gap, self._last_bucket = gap, _bucket_of(gap)
+        self._slots[-1][1][self._last_bucket] += 1
 
     def gaps(self, fractions: Sequence[float], now: float | None = None) -> tuple[int, list[float]]:
         """How many gaps the window has, and below which seconds each of ``fractions`` of them lies."""
