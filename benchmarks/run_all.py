@@ -139,13 +139,13 @@ def serve() -> str:
             row["call"], row["streams"], *costs, f"{row['of_bare']:.2f}", f"{row['of_paced']:.2f}",
             verdict(row["of_paced"], 1.5, at_most=True), f"{row['per_second']:,.0f}",
             verdict(row["per_second"], 10_000)])
-    columns = ["call", "streams", "µs a token", "bare", "bare, paced", "of bare", "of paced", "aim", "tokens/s",
-               "aim"]
+    columns = ["call", "streams", "µs a token", "bare", "bare, paced", "of bare", "of paced", "aim",
+               "tokens/s", "aim"]
     return table(
         "Rank 0 as a server", columns, rows,
         "CPU of rank 0, all of its threads, for a streamed token of executors that compute nothing, and of a "
-        "bare starlette + uvicorn server that streams the same bytes: as fast as it can, and sleeping between "
-        "two tokens of a stream as long as ours takes for a step. Medians; all share the cores.")
+        "bare starlette + uvicorn server that streams the same bytes: as fast as it can, and sleeping "
+        "between two tokens of a stream as long as ours takes for a step. Medians; all share the cores.")
 
 
 def start() -> str:
