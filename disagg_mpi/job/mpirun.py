@@ -118,6 +118,9 @@ def _openmpi(install: MpiInstall, num_ranks: int, context: LauncherContext, core
             where = f"the {slots} tasks of Slurm job {slurm.job_id}"
         if are_more:
             notes.append(f"{num_ranks} ranks on {where}: they share, and are not bound")
+    elif slurm is not None:
+        # Which cores a task has is Slurm's to say; bound to one of them, a rank's threads would share it.
+        added["PRTE_MCA_hwloc_default_binding_policy"] = "none"
     elif num_ranks <= 2:
         # Open MPI binds one or two ranks to one core each, and all their compute threads with them;
         # from three ranks on it binds to packages, which is what we want.

@@ -38,7 +38,7 @@ def submit(cluster: Cluster, folder: Path, script: str, *arguments: str, options
     done = cluster.run(
         "sbatch", "--parsable", *options, str(EXAMPLES / script), *arguments, cwd=folder,
         env={"PYTHON": sys.executable, "PYTHONPATH": str(ROOT), **env})
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stderr + logs(folder)
     return done.stdout.strip()
 
 
