@@ -19,7 +19,10 @@ from disagg_mpi.shapes import Instance as Instance  # part of a configuration
 from disagg_mpi.shapes import check_num_ranks, parse_ids, parse_instances
 
 DType = Literal["fp32", "bf16"]
-EngineName = Literal["torch", "null"]
+DeviceName = Literal["auto", "cpu", "cuda", "emulated"]
+WeightsName = Literal["files", "random"]
+AttentionName = Literal["auto", "flashinfer", "sdpa"]
+EngineName = Literal["torch", "tensorrt_llm", "null"]
 TransportName = Literal["auto", "shared", "mpi"]
 RouterName = Literal["prefix", "least-loaded"]
 IdKind = Literal["participant", "device"]
@@ -33,6 +36,11 @@ DEFAULT_TOKENS_PER_BLOCK = 32
 # Positions of KV-cache that an instance's pool holds unless told otherwise, when memory allows.
 DEFAULT_KV_TOKENS = 16384
 
+# Token budgets of a step. On a processor a step of 512 takes half a second, as long as those who generate
+# should wait; a GPU needs some thousand tokens for its matrix units to be busy.
+DEFAULT_NUM_TOKENS = 512
+DEFAULT_GPU_NUM_TOKENS = 4096
+
 # Output positions that a request has blocks for from the start: most answers of a chat are shorter.
 DEFAULT_RESERVED_OUTPUT = 256
 
@@ -40,6 +48,21 @@ DEFAULT_RESERVED_OUTPUT = 256
 # default budget. Measured over 1 Gbit/s (docs/benchmarks.md): 600 tokens held generation up for 230 ms in one
 # piece and for 1 ms overlapped; 300 tokens, one chunk, for as long either way.
 DEFAULT_OVERLAP_TOKENS = 512
+
+# What only our own engine and hand-over know: TensorRT-LLM has it in its engines, or does it itself.
+NOT_OF_TENSORRT_LLM = {
+    "device": "it runs on GPUs alone",
+    "attention": "its kernels are its own",
+    "weights": "an engine holds them",
+    "dtype": "an engine is built for its type",
+    "kv_dtype": "an engine is built for its KV-cache's type",
+    "tokens_per_block": "an engine is built for its block size",
+    "generation_tokens_per_block": "an engine is built for its block size",
+    "transport": "it hands over by itself, over MPI",
+    "overlap_tokens": "it hands over by itself, over MPI",
+    "reserved_output": "all that a request may need is reserved",
+    "threads": "its threads are its own",
+}
 
 ROLE_NAMES = ("context", "generation", "aggregated")
 
@@ -75,16 +98,35 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     aggregated_participant_ids: str | None = None
     aggregated_device_ids: str | None = None
     engine: EngineName = "torch"
-    """``null`` computes nothing: it measures everything around the engine."""
-    dtype: DType = "fp32"
+    """``tensorrt_llm``: that library's executor, on engines that it has built; ``null`` computes nothing: it
+    measures everything around the engine."""
+    context_engine_dir: str | None = None
+    """With ``tensorrt_llm``: the directory of the engine that context instances run; ``model`` is then the
+    directory with the tokenizer. Of a role without instances it is not used."""
+    generation_engine_dir: str | None = None
+    aggregated_engine_dir: str | None = None
+    device: DeviceName = "cpu"
+    """What ranks compute on. ``cuda``: a GPU for each rank, or several ranks on one where device ids or too
+    few GPUs say so. ``auto``: ``cuda`` if every host with instances has a GPU. ``emulated`` is for tests: the
+    engine for GPUs on the processor, with what :mod:`disagg_mpi.gpus` pretends is there."""
+    dtype: DType | None = None
+    """Of weights and computation; ``None``: fp32 on a processor, bf16 on a GPU."""
     kv_dtype: DType | None = None
     """Type of the KV-cache; ``None``: the same as ``dtype``."""
+    gpu_memory: float = 0.9
+    """Share of what is free of a GPU's memory that the ranks on it may use together."""
+    attention: AttentionName = "auto"
+    """On GPUs. ``auto``: flashinfer where it is installed, else torch's own, which is slower, with a word."""
+    cuda_graphs: bool = True
+    """Whether generation steps are captured once for each batch size and replayed."""
+    weights: WeightsName = "files"
+    """``random``: of the shape that config.json says, for measurements on GPUs; no file is read."""
     transport: TransportName = "auto"
     tokens_per_block: int = DEFAULT_TOKENS_PER_BLOCK
     generation_tokens_per_block: int | None = None
     """Block size of generation instances; ``None``: as ``tokens_per_block``."""
-    kv_tokens: int = DEFAULT_KV_TOKENS
-    """Positions that the pool of one instance holds."""
+    kv_tokens: int | None = None
+    """Positions that the pool of one instance holds; ``None``: 16,384 on processors, on GPUs what fits."""
     prefix_cache: bool = True
     """Whether blocks of equal beginnings of prompts are computed once and then copied."""
     reserved_output: int = DEFAULT_RESERVED_OUTPUT
@@ -101,8 +143,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     ``least-loaded``: whatever is cached."""
     max_batch_size: int = 64
     """Requests in one step of an instance."""
-    max_num_tokens: int = 512
-    """Token budget of one step: generation tokens first, context chunks in what is left."""
+    max_num_tokens: int | None = None
+    """Token budget of one step: generation tokens first, context chunks in what is left. ``None``: 512 on
+    processors, 4,096 on GPUs."""
     threads: int | None = None
     """Compute threads a rank; ``None``: cores // engine ranks on the host."""
     start_timeout: float = 600.0
@@ -113,24 +156,31 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name in ("tokens_per_block", "generation_tokens_per_block", "kv_tokens", "reserved_output",
                      "overlap_tokens", "max_batch_size", "max_num_tokens"):
             value = getattr(self, name)
-            if name == "generation_tokens_per_block" and value is None:
+            if name in ("generation_tokens_per_block", "kv_tokens", "max_num_tokens") and value is None:
                 continue
             if type(value) is not int or value <= 0:
                 raise ConfigError(f"{name} is {value!r}; it must be a positive whole number")
         if self.local_context != "auto" and (type(self.local_context) is not int or self.local_context < 0):
             raise ConfigError(f"local_context is {self.local_context!r}; it is a number of tokens, "
                               "0 for never, or auto")
-        if type(self.prefix_cache) is not bool:
-            raise ConfigError(f"prefix_cache is {self.prefix_cache!r}; it is true or false")
+        for name in ("prefix_cache", "cuda_graphs"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; it is true or false")
+        if not (type(self.gpu_memory) in (float, int) and 0 < self.gpu_memory <= 1):
+            raise ConfigError(f"gpu_memory is {self.gpu_memory!r}; it is a share, above 0 and at most 1")
         if not self.start_timeout > 0:
             raise ConfigError(f"start_timeout is {self.start_timeout}; it must be positive")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"threads is {self.threads}; it must be at least 1")
         for name, kind in (("engine", EngineName), ("dtype", DType), ("transport", TransportName),
-                           ("kv_dtype", DType), ("router", RouterName)):
+                           ("kv_dtype", DType), ("router", RouterName), ("device", DeviceName),
+                           ("attention", AttentionName), ("weights", WeightsName)):
             value, known = getattr(self, name), get_args(kind)
-            if value not in known and not (name == "kv_dtype" and value is None):
+            if value not in known and not (name in ("dtype", "kv_dtype") and value is None):
                 raise ConfigError(f"{name} is {value!r}; known are {', '.join(known)}")
+        if self.weights == "random" and self.device == "cpu":
+            raise ConfigError("weights random are for measurements on GPUs; give --device cuda, or leave "
+                              "them at files")
         for role in ROLE_NAMES:
             _check_asked(role, getattr(self, role))
             for instance in self._asked(role):
@@ -147,10 +197,11 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
                     raise ConfigError(
                         f"no {role} instance; give --{role} 1 or more, or --aggregated N for "
                         "instances that do both phases")
-        if self.max_num_tokens < self.max_batch_size:
+        if self.token_budget < self.max_batch_size:
             raise ConfigError(
-                f"max_num_tokens ({self.max_num_tokens}) is below max_batch_size "
+                f"max_num_tokens ({self.token_budget}) is below max_batch_size "
                 f"({self.max_batch_size}): a step could not take one token of each request")
+        _check_engine(self)
 
     def instances(self, role: str) -> tuple[Instance, ...]:
         """The instances of ``role``: ``"context"``, ``"generation"`` or ``"aggregated"``."""
@@ -164,6 +215,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             raise ConfigError(f'{name} is {text!r}; it is text such as "1,2;3,4"')
         return None if text is None else parse_ids(text, name)
 
+    def engine_dir(self, role: str) -> str | None:
+        """The engine that ``tensorrt_llm`` runs in the instances of ``role``."""
+        return getattr(self, f"{role}_engine_dir")  # type: ignore[no-any-return]
+
     def block_size(self, role: str) -> int:
         """Tokens in a block of the instances of ``role``."""
         return (role == "generation" and self.generation_tokens_per_block) or self.tokens_per_block
@@ -173,8 +228,28 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return bool(self._asked("aggregated"))
 
     @property
+    def uses_gpus(self) -> bool:
+        """Whether ranks compute on devices with memory of their own; ``auto`` must have been decided."""
+        return self.device in ("cuda", "emulated")
+
+    @property
+    def compute_dtype(self) -> DType:
+        """Of weights and computation."""
+        return self.dtype or ("bf16" if self.device == "cuda" else "fp32")
+
+    @property
     def effective_kv_dtype(self) -> DType:
-        return self.kv_dtype or self.dtype
+        return self.kv_dtype or self.compute_dtype
+
+    @property
+    def token_budget(self) -> int:
+        """Tokens of one step of an instance."""
+        return self.max_num_tokens or (DEFAULT_GPU_NUM_TOKENS if self.uses_gpus else DEFAULT_NUM_TOKENS)
+
+    @property
+    def pool_tokens(self) -> int:
+        """Positions that the pool of one instance holds; on GPUs, once what fits has been worked out."""
+        return self.kv_tokens or DEFAULT_KV_TOKENS
 
     def _asked(self, role: str) -> tuple[Instance, ...]:
         """The instances that keywords and ids of ``role`` ask for, whatever the other roles say.
@@ -218,6 +293,30 @@ def _check_asked(role: str, asked: object) -> None:
             isinstance(asked, Sequence) and all(isinstance(instance, Instance) for instance in asked)):
         raise ConfigError(f"{role} is {asked!r}; it is a number of instances, shapes as text, or a sequence "
                           "of Instance")
+
+
+def _check_engine(config: JobConfig) -> None:
+    """Raise :class:`ConfigError` for options that the job's engine does not know.
+
+    What it lacks is asked for later: a model repository may still name it.
+    """
+    dirs = {role: config.engine_dir(role) for role in ROLE_NAMES}
+    for role, path in dirs.items():
+        if path is not None and (not isinstance(path, str) or not path):
+            raise ConfigError(f"{role}_engine_dir is {path!r}; it is the path of a directory")
+    if config.engine != "tensorrt_llm":
+        given = next((role for role, path in dirs.items() if path is not None), None)
+        if given is not None:
+            raise ConfigError(f"{given}_engine_dir is for engine tensorrt_llm, and this is {config.engine}; "
+                              f"give --engine tensorrt_llm, or leave {given}_engine_dir out")
+        return
+    if config.local_context == "auto":
+        raise ConfigError("local_context is auto, and engine tensorrt_llm does not say what a hand-over "
+                          "costs; give a number of tokens")
+    for field in msgspec.structs.fields(JobConfig):
+        if field.name in NOT_OF_TENSORRT_LLM and getattr(config, field.name) != field.default:
+            raise ConfigError(f"{field.name} means nothing to engine tensorrt_llm: "
+                              f"{NOT_OF_TENSORRT_LLM[field.name]}; leave it out")
 
 
 def _check_instance(role: str, instance: Instance) -> None:

@@ -17,7 +17,7 @@ import select
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
@@ -32,7 +32,8 @@ from disagg_mpi.comm.environment import (
     launcher_context,
 )
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
-from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
+from disagg_mpi.job import mps as mps_service
+from disagg_mpi.job.mpirun import LaunchLine, compose, python_command, ucx_folder_for
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -51,28 +52,56 @@ _ORPHAN_CHECK_SECONDS = 0.2
                    "[default: inside a Slurm job its number of tasks]")
 @click.option("--mpirun-arg", "mpirun_args", multiple=True, metavar="ARG",
               help="One more argument for mpirun itself; may be repeated.")
+@click.option("--mps/--no-mps", default=False,
+              help="Run NVIDIA's MPS on this host for the time of the job. Worth it where several ranks "
+                   "share a GPU: without it they take turns, with it they compute side by side. Does "
+                   "nothing for ranks with a GPU each. [default: off]")
 @click.option("--dry-run", is_flag=True, help="Print the line and start nothing.")
 @click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
-def launch(num_ranks: int | None, mpirun_args: tuple[str, ...], dry_run: bool,
+def launch(num_ranks: int | None, mpirun_args: tuple[str, ...], mps: bool, dry_run: bool,
            command: tuple[str, ...]) -> None:
     """Run COMMAND as a job of N ranks, with the mpirun that belongs to this Python.
 
     COMMAND (after --) is a command of disagg_mpi such as `run --prompt hi`, a script `app.py …`, or
     `python …` as it is.
     """
-    try:
-        install = detect_mpi()
-        context = launcher_context()
-        line = compose(install, num_ranks or _tasks_of(context), python_command(command), context,
-                       cores=count_cores(), extra_args=mpirun_args)
-    except DisaggError as error:
-        click.echo(f"Error: {error}", err=True)
-        sys.exit(error.exit_code)
-    if dry_run:
-        click.echo(line.text)
-        return
-    tell_line(line)
-    sys.exit(run_line(line, sigint_as=sigint_of(install)))
+    with contextlib.ExitStack() as stack:
+        try:
+            install = detect_mpi()
+            context = launcher_context()
+
+            def line_with(rank_environment: Mapping[str, str]) -> LaunchLine:
+                return compose(install, num_ranks or _tasks_of(context), python_command(command), context,
+                               cores=count_cores(), extra_args=mpirun_args,
+                               ucx_folder=ucx_folder_for(install, command), rank_environment=rank_environment)
+
+            line = line_with({})  # whatever is wrong shows before anything is started
+            if mps and dry_run:
+                click.echo("# --mps: the daemon is started before this line, which then names its folders",
+                           err=True)
+            elif mps:
+                line = line_with(_start_mps(stack))
+        except DisaggError as error:
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(error.exit_code)
+        if dry_run:
+            click.echo(line.text)
+            return
+        tell_line(line)
+        code = run_line(line, sigint_as=sigint_of(install))
+    sys.exit(code)
+
+
+def _start_mps(stack: contextlib.ExitStack) -> dict[str, str]:
+    """What ranks must know of a daemon that ends with ``stack``; nothing, with a word, if there is none."""
+    started = mps_service.start()
+    if isinstance(started, str):
+        click.echo(f"# MPS: {started}", err=True)
+        return {}
+    stack.callback(started.close)
+    click.echo("# MPS: runs on this host until the job ends; ranks that share a GPU compute side by side",
+               err=True)
+    return started.environment
 
 
 def _tasks_of(context: LauncherContext) -> int:

@@ -22,7 +22,7 @@ from disagg_mpi.cli.options import F, job_keys, job_options
 from disagg_mpi.comm.environment import MpiInstall, count_cores, detect_mpi, launcher_context
 from disagg_mpi.errors import ConfigError, DisaggError, InputError, WorldSizeError
 from disagg_mpi.frontend.triton.plan import ServePlan, plan_of
-from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
+from disagg_mpi.job.mpirun import LaunchLine, compose, python_command, ucx_folder_for
 
 # Flags of Triton's script that change nothing, and why.
 _NO_EFFECT = {
@@ -155,8 +155,10 @@ def _compose(install: MpiInstall, flags: Mapping[str, Any], plan: ServePlan) -> 
         words += [f"--{name.replace('_', '-')}", str(flags[name])]
     if flags["host"] is not None:
         words += ["--host", flags["host"]]
-    return compose(install, plan.topology.world_size, python_command([*words, *flags["serve_options"]]),
-                   launcher_context(), cores=count_cores(), oversubscribe=flags["oversubscribe"])
+    words += flags["serve_options"]
+    return compose(install, plan.topology.world_size, python_command(words), launcher_context(),
+                   cores=count_cores(), oversubscribe=flags["oversubscribe"],
+                   ucx_folder=ucx_folder_for(install, words))
 
 
 @contextmanager

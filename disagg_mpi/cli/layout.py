@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,11 @@ import click
 from disagg_mpi.cli.options import job_options, settings_of
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ModelError
+from disagg_mpi.executor.trtllm.engine_dir import read_engines
+from disagg_mpi.gpus import emulated_gpus, visible_gpus
+from disagg_mpi.job.devices import place_ranks, plan_pools, positions_for, uses_of, wants_gpus
 from disagg_mpi.job.plan import MemoryPlan, available_bytes, plan_memory
+from disagg_mpi.model.checkpoint import ModelSpec
 from disagg_mpi.shapes import format_instances
 from disagg_mpi.topology import Group, Role, Topology, build_topology, check_model_fits
 from disagg_mpi.transfer.partition import shard_of
@@ -20,6 +25,7 @@ from disagg_mpi.transfer.partition import shard_of
 _HANDOVER_TEXT = {
     "shared": "one shared pool: the block table moves, the bytes stay",
     "copy": "copied within the shared window",
+    "gather": "one kernel copies from pool to pool",
     "mpi": "MPI messages",
 }
 
@@ -40,19 +46,44 @@ def layout(as_json: bool, ranks: bool, **options: Any) -> None:
     if ranks:
         click.echo(topology.world_size)
         return
-    plan, note = _plan(config)
+    plan, note = _plan(config, topology)
+    shares: list[str] = []
     if plan is not None:
         check_model_fits(topology, plan.spec.num_layers, plan.spec.num_heads, plan.spec.num_kv_heads)
+        config, shares = _gpu_shares(config, topology, plan.spec)
+        plan = plan_memory(config, plan.spec)
     if as_json:
         click.echo(json.dumps(as_data(config, topology, plan)))
         return
     click.echo(render(config, topology, plan))
-    if note:
-        click.echo(note)
+    for line in filter(None, (*shares, note)):
+        click.echo(line)
 
 
-def _plan(config: JobConfig) -> tuple[MemoryPlan | None, str]:
+def _gpu_shares(config: JobConfig, topology: Topology, spec: ModelSpec) -> tuple[JobConfig, list[str]]:
+    """What would be on each GPU if all ranks were on this host, and the pools that this leaves room for.
+
+    As if nothing else was on them: what is free is known when the job starts.
+    """
+    gpus = emulated_gpus() if config.device == "emulated" else visible_gpus()
+    seen = dict.fromkeys(range(topology.world_size), gpus)
+    if config.device == "cpu" or not gpus or not wants_gpus(config, topology, seen):
+        return config.replace(device="cpu") if config.device == "auto" else config, []
+    config = config.replace(device="cuda") if config.device == "auto" else config
+    names = [socket.gethostname()] * topology.world_size
+    places = place_ranks(topology, [0] * topology.world_size, names, seen)
+    free = {rank: place.gpu.total_bytes for rank, place in places.items()}
+    uses = uses_of(config, topology, spec, places, free, names)
+    tokens = plan_pools(config, uses)
+    positions = positions_for(config, tokens)
+    return config.replace(kv_tokens=tokens), [f"  {use.sum_text(tokens, positions)}" for use in uses]
+
+
+def _plan(config: JobConfig, topology: Topology) -> tuple[MemoryPlan | None, str]:
     """Sizes, where the model is at hand: ``layout`` downloads nothing."""
+    if config.engine == "tensorrt_llm":
+        engines = read_engines(config, topology)
+        return None, "\n".join(f"  {role:<12} {engine.directory}" for role, engine in engines.items())
     from disagg_mpi.model.cache import cache_dir
     from disagg_mpi.model.checkpoint import read_model_spec
     from disagg_mpi.model.fetch import DEFAULT_MODEL_NAME
@@ -77,7 +108,7 @@ def as_data(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> d
         "ranks": [_rank_data(topology, plan, rank) for rank in range(topology.world_size)],
         "instances": [{"name": group.name, "shape": str(group.shape), "ranks": group.ranks}
                       for group in topology.groups],
-        "transport": _transports(config),
+        "transport": {} if config.engine == "tensorrt_llm" else _transports(config),
     }
     if plan is not None:
         data["memory"] = {
@@ -103,11 +134,11 @@ def render(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> st
         shapes = ", ".join(f"{role} {format_instances(config.instances(role))}"
                            for role in Role if config.instances(role))
         lines.append(f"  instances    {shapes}")
-    if not config.is_aggregated:
-        ways = _transports(config)
-        lines.append(f"  hand-over    same host: {_HANDOVER_TEXT[ways['same host']]}")
-        if config.transport != "shared":
-            lines.append(f"               other host: {_HANDOVER_TEXT[ways['other host']]}")
+    if not config.is_aggregated and config.engine == "tensorrt_llm":
+        lines.append("  hand-over    TensorRT-LLM's own, over MPI")
+    elif not config.is_aggregated:
+        ways = [f"{where}: {_HANDOVER_TEXT[way]}" for where, way in _transports(config).items()]
+        lines += [f"  {'' if at else 'hand-over':<12} {text}" for at, text in enumerate(ways)]
     if plan is not None:
         spec = plan.spec
         num_instances = len(topology.groups)
@@ -115,15 +146,16 @@ def render(config: JobConfig, topology: Topology, plan: MemoryPlan | None) -> st
         lines += [
             f"  model        {spec.architecture}, {spec.num_layers} layers, "
             f"{spec.num_heads} heads, {spec.num_kv_heads} KV heads",
-            f"  weights      {_size(spec.parameter_bytes)}, once a host",
+            f"  weights      {_size(spec.parameter_bytes)}, once a {'GPU' if config.uses_gpus else 'host'}",
             f"  KV pool      {_size(plan.pool_bytes)} an instance = {plan.blocks_per_instance} blocks "
             f"of {plan.tokens_per_block} tokens, {_size(plan.layout(1).kv_bytes(1))} a token",
-            f"  together     {_size(total)} if all ranks are on one host"
-            + (f", {_size(free)} available here" if (free := available_bytes()) else ""),
         ]
         if config.block_size(Role.GENERATION) != plan.tokens_per_block and not config.is_aggregated:
             size = config.block_size(Role.GENERATION)
-            lines.insert(-1, f"               generation: blocks of {size} tokens")
+            lines.append(f"               generation: blocks of {size} tokens")
+        if not config.uses_gpus:
+            lines.append(f"  together     {_size(total)} if all ranks are on one host"
+                         + (f", {_size(free)} available here" if (free := available_bytes()) else ""))
     return "\n".join(lines)
 
 
@@ -165,8 +197,12 @@ def _pool_bytes(plan: MemoryPlan, group: Group, rank: int) -> int:
 def _transports(config: JobConfig) -> dict[str, str]:
     """How a hand-over goes, by where the two instances are."""
     sizes_differ = config.block_size(Role.CONTEXT) != config.block_size(Role.GENERATION)
-    same_host = "mpi" if config.transport == "mpi" else "copy" if sizes_differ else "shared"
-    return {"same host": same_host, "other host": "mpi"}
+    together = "mpi" if config.transport == "mpi" else "copy" if sizes_differ else "shared"
+    apart = {} if config.transport == "shared" else {"other host": "mpi"}
+    if config.uses_gpus:
+        copied = "mpi" if config.transport == "mpi" else "gather"
+        return {"same GPU": together if together == "shared" else copied, "other GPU": copied, **apart}
+    return {"same host": together, **apart}
 
 
 def _size(count: int) -> str:

@@ -56,15 +56,29 @@ _JOB_OPTIONS = [
                           f"and one on 3 and 4. Without shapes in --{role} each is tp of as many ranks. "
                           "[default: free ranks in order]"),
           ("device", f'Devices of the {role} instances, one for each rank: "0,1;0,1".'))),
+    click.option("--device", type=click.Choice(["cpu", "cuda", "auto", "emulated"]), metavar="cpu|cuda|auto",
+                 help="What ranks compute on. cuda: a GPU for each rank, in turn; several share one where "
+                      "there are too few, or device ids say so. auto: GPUs if every rank sees one. "
+                      "[default: cpu]"),
+    click.option("--gpu-memory", type=float, metavar="SHARE",
+                 help="Share of what is free of a GPU's memory that the ranks on it may use together. "
+                      "[default: 0.9]"),
+    click.option("--attention", type=click.Choice(["auto", "flashinfer", "sdpa"]),
+                 help="Attention on GPUs: flashinfer's kernels, or torch's own, which are slower. "
+                      "[default: flashinfer if it is installed]"),
+    click.option("--cuda-graphs/--no-cuda-graphs", default=None,
+                 help="On GPUs, capture generation steps at the start and replay them. [default: on]"),
+    click.option("--weights", type=click.Choice(["files", "random"]), hidden=True,
+                 help="random: of the model's shape, to measure GPUs with; needs config.json alone."),
     click.option("--dtype", type=click.Choice(["fp32", "bf16"]),
-                 help="Type of weights and computation. [default: fp32]"),
+                 help="Type of weights and computation. [default: fp32, on GPUs bf16]"),
     click.option("--kv-dtype", type=click.Choice(["fp32", "bf16"]),
                  help="Type of the KV-cache. [default: as --dtype]"),
     click.option("--transport", type=click.Choice(["auto", "shared", "mpi"]),
                  help="How the KV-cache is handed over: in shared memory where ranks share a host, by "
                       "MPI messages elsewhere (auto), or one of them always."),
     click.option("--kv-tokens", type=int, metavar="N",
-                 help="Positions that an instance's KV pool holds. [default: 16384]"),
+                 help="Positions that an instance's KV pool holds. [default: 16384; on GPUs what fits]"),
     click.option("--tokens-per-block", type=int, metavar="N", help="Block size. [default: 32]"),
     click.option("--generation-tokens-per-block", type=int, metavar="N",
                  help="Block size of generation instances; another one than --tokens-per-block makes each "
@@ -90,11 +104,17 @@ _JOB_OPTIONS = [
                  help="Requests in one step of an instance. [default: 64]"),
     click.option("--max-num-tokens", type=int, metavar="N",
                  help="Token budget of one step; longer prompts are computed in chunks. "
-                      "[default: 512]"),
+                      "[default: 512, on GPUs 4096]"),
     click.option("--threads", type=int, metavar="N",
                  help="Compute threads a rank. [default: cores // engine ranks on the host]"),
-    click.option("--engine", type=click.Choice(["torch", "null"]), hidden=True,
-                 help="null computes nothing: it measures all the rest."),
+    click.option("--engine", type=click.Choice(["torch", "tensorrt_llm", "null"]),
+                 help="torch: the built-in engine. tensorrt_llm: that library's, on engines that it has "
+                      "built (pip install 'disagg_mpi[tensorrt_llm]'; never yet run on the real library, see "
+                      "docs/tensorrt-llm.md). null: none, it measures all the rest. [default: torch]"),
+    *(click.option(f"--{role}-engine-dir", metavar="DIR",
+                   help=f"With --engine tensorrt_llm: the engine of the {role} instances, a directory that "
+                        "trtllm-build has written. --model is then the directory with the tokenizer.")
+      for role in ROLE_NAMES),
 ]
 
 _SAMPLING_OPTIONS = [

@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Mapping, MutableMapping
 from importlib import metadata
@@ -25,6 +26,7 @@ from typing import Literal
 
 import msgspec
 
+from disagg_mpi.comm import ucx
 from disagg_mpi.errors import LauncherMismatchError, MpiError
 
 Family = Literal["openmpi", "mpich", "intel", "unknown"]
@@ -304,11 +306,12 @@ _OPENMPI_ONE_HOST = {
 _INTEL = {"I_MPI_WAIT_MODE": "1"}
 
 
-def process_environment(install: MpiInstall | None,
-                        environ: Mapping[str, str] | None = None) -> dict[str, str]:
+def process_environment(install: MpiInstall | None, environ: Mapping[str, str] | None = None,
+                        ucx_folder: Path | None = None) -> dict[str, str]:
     """What a rank must set before MPI starts, less what the user has set.
 
-    ``None`` or an unknown family gets the variables of all: an MPI does not read another's.
+    ``None`` or an unknown family gets the variables of all: an MPI does not read another's. ``ucx_folder``:
+    of the UCX that is to carry the messages of the MPI wheel (:mod:`disagg_mpi.comm.ucx`).
     """
     env = os.environ if environ is None else environ
     context = launcher_context(env)
@@ -316,11 +319,27 @@ def process_environment(install: MpiInstall | None,
     wanted: dict[str, str] = {}
     if family in (None, "openmpi"):
         wanted |= _OPENMPI
-        if context.is_one_host:
+        if context.is_one_host and ucx_folder is None:
             wanted |= _OPENMPI_ONE_HOST
     if family in (None, "intel"):
         wanted |= _INTEL
+    if ucx_folder is not None and family is not None:
+        wanted |= ucx.process_environment(family, ucx_folder)
     return {key: value for key, value in wanted.items() if key not in env}
+
+
+def ucx_folder(install: MpiInstall | None, environ: Mapping[str, str],
+               wants_cuda: bool | None = None) -> Path | None:
+    """Of the UCX that this process's MPI wheel is to have in place of its own, if any."""
+    if wants_cuda is None:
+        wants_cuda = ucx.wants_cuda(sys.argv, environ)
+    if not wants_cuda or install is None or install.wheel is None:
+        return None
+    folder = ucx.chosen_ucx(install.family, environ)
+    context = launcher_context(environ)
+    nodes = None if context.slurm is None else context.slurm.num_nodes
+    are_several = (context.is_rank and not context.is_one_host) or (nodes or 1) > 1
+    return folder if folder is None or not are_several or ucx.reaches_hosts(folder) else None
 
 
 def compute_environment(num_threads: int,
@@ -350,16 +369,21 @@ def compute_environment(num_threads: int,
     return {key: value for key, value in wanted.items() if key not in env}
 
 
-def apply(environ: MutableMapping[str, str] | None = None, *,
-          num_threads: int | None = None) -> dict[str, str]:
+def apply(environ: MutableMapping[str, str] | None = None, *, num_threads: int | None = None,
+          wants_cuda: bool | None = None) -> dict[str, str]:
     """Set what this rank needs and return it. Never fails, and runs no other program.
 
     Detection is left to the wheels and the launcher's variables here: hundreds of ranks should not
-    each start ``mpirun --version``.
+    each start ``mpirun --version``. A job that ``wants_cuda`` gets a UCX that knows device memory, if there
+    is one; by default this process's own command says so.
     """
     env = os.environ if environ is None else environ
     wheels = find_wheels()
-    added = process_environment(wheels[0] if len(wheels) == 1 else None, env)
+    install = wheels[0] if len(wheels) == 1 else None
+    folder = ucx_folder(install, env, wants_cuda)
+    if folder is not None and not ucx.preload(folder, env):
+        folder = None
+    added = process_environment(install, env, folder)
     if num_threads is not None:
         added |= compute_environment(num_threads, env)
     for key, value in added.items():

