@@ -62,18 +62,18 @@ def ours(model: Path) -> Measure:
     mover = Mover(directory, group.instance_id, rank, channel,
                   MemoryTransport(rank, MemoryWire(), memory, view), None)
     stage = StageRunner(
-        StageModel(model, dtype="fp32", shard=ModelShard(), collectives=None), KvPool(memory, view), None)
+        StageModel(model, dtype="fp32", shard=ModelShard(), link=None), KvPool(memory, view), None)
     stage.warm_up()
     blocks = BlockManager(places.block_ids[group.instance_id])
     engine = Engine(
         runner=Runner(stage, layout=layout), sampler=Sampler(()), blocks=blocks, eos_token_ids=(),
         scheduler=Scheduler(
             blocks, tokens_per_block=layout.tokens_per_block, max_batch_size=config.max_batch_size,
-            max_num_tokens=config.max_num_tokens, reserved_output=config.reserved_output),
+            max_num_tokens=config.token_budget, reserved_output=config.reserved_output),
         transceiver=Transceiver(rank, group.instance_id, channel, directory, mover))
     limits = ExecutorLimits(
         num_blocks=layout.num_blocks, tokens_per_block=layout.tokens_per_block,
-        max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+        max_batch_size=config.max_batch_size, max_num_tokens=config.token_budget,
         max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size,
         reserved_output=config.reserved_output)
     tokenizer = Tokenizer(model)

@@ -113,6 +113,30 @@ class Batch(Message, frozen=True):
     keep: list[int]
 
 
+class PagedStep(Message, frozen=True):
+    """One step's work for every rank of an instance on GPUs, where block tables and last tokens stay.
+
+    A request has a *seat* as long as it runs: the row of its block table, and the place of its last token. A
+    step has one entry of ``seats``, ``starts`` and ``lengths`` for each of its chunks.
+    """
+
+    number: int
+    seats: list[int]
+    starts: list[int]
+    lengths: list[int]
+    token_ids: list[int]
+    """Packed; -1: the token that an earlier step chose for the seat."""
+    tables: list[tuple[int, int, list[int]]]
+    """(seat, place in its table, blocks from there on), where they are others than in the step before."""
+    drawn: list[int]
+    """Places of the chunks whose token is chosen on the GPU."""
+    draws: list[tuple[int, float, int, float, float]]
+    """Of these, the ones that are not greedy: (place in ``drawn``, temperature, top-k, top-p, random
+    number)."""
+    keep: list[int]
+    """Places of the packed tokens whose logits the leader wants."""
+
+
 class CopyBlocks(Message, frozen=True):
     """Copy whole blocks within the pool; every rank of the instance meets in a barrier afterwards."""
 
@@ -197,7 +221,7 @@ class Release(Message, frozen=True):
 
 AnyMessage = (
     Enqueue | Proceed | Cancel | DropOffer | IntegrityCheck | Shutdown | Ready | Step | IntegrityReport
-    | Batch | CopyBlocks | PullPart | PartDone | PullRequest | Watch | Announce | Ended | Release
+    | Batch | PagedStep | CopyBlocks | PullPart | PartDone | PullRequest | Watch | Announce | Ended | Release
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -14,7 +14,7 @@ Query heads that share a KV head are folded into the query length instead of rep
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -63,6 +63,15 @@ class KvPool:
         for source, target, count in runs:
             self._part[:, :, target * size : (target + count) * size] = (
                 self._part[:, :, source * size : (source + count) * size])
+
+
+class Attends(Protocol):
+    """A step, as a model's layers see it: :class:`StepLayout`, or an attention of :mod:`.gpu.attention`."""
+
+    def attend(
+        self, layer: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *,
+        scaling: float | None = None, window: int | None = None,
+    ) -> torch.Tensor: ...
 
 
 class _Part:
@@ -116,6 +125,32 @@ class StepLayout:
         for place, slot, count in self._writes:
             plane[slot : slot + count] = rows[place : place + count]
 
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        scaling: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """Write K and V ``[tokens, kv_heads, head_dim]`` to the pool, and attend over it.
+
+        ``query`` and the result are ``[tokens, heads, head_dim]``.
+        """
+        keys, values = self.pool.keys[layer], self.pool.values[layer]
+        self.write(keys, key)
+        self.write(values, value)
+        if self.on_layer is not None:
+            self.on_layer(layer)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        for part in self.parts:
+            k, v = _read(keys, part.runs, query.dtype), _read(values, part.runs, query.dtype)
+            out[part.start : part.end] = _attend(
+                query[part.start : part.end], k, v, part, scaling, window)
+        return out
+
     def _add_writes(self, place: int, start: int, runs: Sequence[tuple[int, int]]) -> None:
         """(place in the step, first slot, count) of each run from position ``start`` on."""
         position = 0
@@ -136,7 +171,7 @@ def paged_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     *,
-    paged: StepLayout | None = None,
+    paged: Attends | None = None,
     sliding_window: int | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
@@ -151,36 +186,9 @@ def paged_attention(
     if softcap is not None or s_aux is not None:
         raise ModelError("softcapped logits and attention sinks are beyond the paged attention")
     layer: int = module.layer_idx  # type: ignore[assignment]
-    out = attend(paged, layer, *(x[0].transpose(0, 1) for x in (query, key, value)),
-                 scaling=scaling, window=sliding_window)
+    out = paged.attend(layer, *(x[0].transpose(0, 1) for x in (query, key, value)),
+                       scaling=scaling, window=sliding_window)
     return out.unsqueeze(0), None
-
-
-def attend(
-    paged: StepLayout,
-    layer: int,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    *,
-    scaling: float | None = None,
-    window: int | None = None,
-) -> torch.Tensor:
-    """Write K and V ``[tokens, kv_heads, head_dim]`` to the pool, and attend over it.
-
-    ``query`` and the result are ``[tokens, heads, head_dim]``.
-    """
-    keys, values = paged.pool.keys[layer], paged.pool.values[layer]
-    paged.write(keys, key)
-    paged.write(values, value)
-    if paged.on_layer is not None:
-        paged.on_layer(layer)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for part in paged.parts:
-        k, v = _read(keys, part.runs, query.dtype), _read(values, part.runs, query.dtype)
-        out[part.start : part.end] = _attend(
-            query[part.start : part.end], k, v, part, scaling, window)
-    return out
 
 
 def _read(plane: torch.Tensor, runs: Sequence[tuple[int, int]], dtype: torch.dtype) -> torch.Tensor:

@@ -1,22 +1,21 @@
 """An instance's engine, at its leader: admit → start pulls → launch steps → sample, and the blocks behind it.
 
-Single-threaded and cooperative: nothing happens between two calls of :meth:`Engine.step`. The engine owns
-the instance's blocks. A sequence leaves in one of these ways, each freeing its blocks exactly once:
-``finish`` (done or given up), ``offer`` (handed over; freed when the transceiver reports it released), an
-abandoned pull (freed when its last byte has arrived), or a cancel while a launched step still writes its
-blocks or a watcher reads them (freed when that is over).
+Single-threaded and cooperative: nothing happens between two calls of :meth:`Engine.step`. The engine owns the
+instance's blocks. A sequence leaves in one of these ways, each freeing its blocks exactly once: ``finish``
+(done or given up; freed at once, or when the step is over that was launched ahead and still writes them),
+``offer`` (handed over; freed when the transceiver reports it released), an abandoned pull (freed when its
+last byte has arrived), or a cancel while a launched step still writes its blocks or a watcher reads them
+(freed when that is over).
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from typing import Protocol
 
 import msgspec
-import torch
 
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.logprobs import take_scores
@@ -24,24 +23,11 @@ from disagg_mpi.engine.reuse import PrefixReuse
 from disagg_mpi.engine.sampler import NoToken, Sampled, Sampler
 from disagg_mpi.engine.scheduler import Chunk, Scheduler
 from disagg_mpi.engine.sequence import PromptScores, Sequence, Status
+from disagg_mpi.engine.steps import StepOutput, Steps
 from disagg_mpi.errors import RequestError
 from disagg_mpi.request import ContextPhaseParams, FinishReason, PoolBlocks
 from disagg_mpi.transfer.layout import runs_of
 from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
-
-
-class Steps(Protocol):
-    """What the engine needs of :class:`disagg_mpi.engine.runner.Runner`."""
-
-    @property
-    def num_stages(self) -> int: ...
-
-    @property
-    def num_in_flight(self) -> int: ...
-
-    def launch(self, chunks: Seq[Chunk], on_layer: Callable[[int], None] | None = None) -> None: ...
-
-    def poll(self) -> tuple[Seq[Chunk], torch.Tensor | None] | None: ...
 
 
 class NewToken(msgspec.Struct, frozen=True):
@@ -101,6 +87,8 @@ class Engine:
         self._dropped: list[Dropped] = []
         # Given up while a step, a pull or a watcher still uses the blocks: id → what to report.
         self._leaving: dict[int, Dropped] = {}
+        # Done, while a step that was launched ahead still writes their blocks.
+        self._lingering: set[int] = set()
         self._resized: dict[int, int] = {}
         self.stats = StepStats()
 
@@ -110,13 +98,16 @@ class Engine:
         self._scheduler.add(sequence)
 
     def __contains__(self, request_id: int) -> bool:
-        return (request_id in self._scheduler or request_id in self._leaving
+        return (request_id in self._scheduler or request_id in self._leaving or request_id in self._lingering
                 or self._transceiver.has_offer(request_id))
 
     def finish(self, sequence: Sequence) -> None:
         """The sequence is over: forget it, free its blocks, or let their watcher have its last look."""
         self._scheduler.remove(sequence)
         self._resized.pop(sequence.id, None)
+        if sequence.num_in_flight:
+            self._lingering.add(sequence.id)
+            return
         if not self._blocks.owns(sequence.id):
             return
         if not (sequence.is_context_only and self._transceiver.end(sequence.id)):
@@ -179,8 +170,8 @@ class Engine:
     def step(self) -> list[NewToken]:
         """One step. Returns its new tokens; :meth:`take_dropped` the sequences that left.
 
-        With pipeline stages: launches steps while there is something for them and a stage free, and
-        returns the tokens of the oldest that is over.
+        With pipeline stages, or on a GPU: launches steps while there is something for them and a place free,
+        and returns the tokens of the oldest that is over.
         """
         self.progress()
         for sequence in self._scheduler.admit():
@@ -196,14 +187,14 @@ class Engine:
         for sequence in (*grown, *preempted):
             self._resized[sequence.id] = len(sequence.block_ids)
         launched: list[Chunk] = []
-        while self._runner.num_in_flight < self._runner.num_stages:
+        while self._runner.num_in_flight < self._runner.depth:
             chunks = self._scheduler.schedule()
             if not chunks:
                 break
             self._launch(chunks, start)
             launched += chunks
         over = self._runner.poll()
-        tokens = self._finish_step(*over) if over is not None else []
+        tokens = self._finish_step(over) if over is not None else []
         self._update_stats(launched, start)
         return tokens
 
@@ -236,8 +227,8 @@ class Engine:
 
     @property
     def num_open(self) -> int:
-        """Sequences, offers and pulls that are not over."""
-        return len(self._scheduler) + self._transceiver.num_open
+        """Sequences, offers and pulls that are not over, and done ones whose blocks a step still writes."""
+        return len(self._scheduler) + len(self._lingering) + self._transceiver.num_open
 
     @property
     def pool(self) -> str:
@@ -248,7 +239,7 @@ class Engine:
         """What is wrong with the books; with ``idle``, anything still owned or open as well."""
         self.progress()  # what is over has no owner until its end has been taken
         problems = self._blocks.check()
-        known = {s.id for s in self._scheduler} | set(self._leaving)
+        known = {s.id for s in self._scheduler} | set(self._leaving) | self._lingering
         problems += [f"blocks of request {owner} are owned by nobody who is here"
                      for owner in self._blocks.owners
                      if owner not in known and not self._transceiver.has_offer(owner)]
@@ -280,7 +271,11 @@ class Engine:
                 sequence.timing.queue += start - sequence.enqueued_at
         last = [c.sequence for c in chunks if c.sequence.is_context_only and c.samples]
         self._runner.launch(chunks, self._announcer(last))
-        if self._runner.num_stages == 1:
+        if self._runner.promises:
+            for chunk in chunks:
+                if chunk.is_drawn_on_device:
+                    chunk.sequence.promise()
+        if self._runner.is_done_at_launch:
             # Every rank has written its part: what is watched leaves before the logits are looked at.
             for chunk in chunks:
                 self._announce(chunk.sequence, chunk.end)
@@ -305,14 +300,14 @@ class Engine:
             self._transceiver.computed(
                 sequence.id, sequence.block_ids, sequence.num_prompt_tokens, end)
 
-    def _finish_step(self, chunks: Seq[Chunk], logits: torch.Tensor | None) -> list[NewToken]:
-        sampling = [chunk.sequence for chunk in chunks if chunk.samples]
-        sampled = [] if logits is None else self._sampler(
-            take_scores(chunks, logits, self._leaving), sampling)
+    def _finish_step(self, over: StepOutput) -> list[NewToken]:
+        chosen = self._choose(over)
         now = time.monotonic()
-        for chunk in chunks:
+        for chunk in over.chunks:
             sequence = chunk.sequence
             sequence.num_in_flight -= 1
+            if sequence.id in self._lingering:
+                continue
             before, sequence.num_computed = sequence.num_computed, chunk.end
             if sequence.id in self._leaving:
                 continue
@@ -320,12 +315,13 @@ class Engine:
                 self._reuse.computed(sequence, before)
             if chunk.samples and not sequence.num_output_tokens:
                 sequence.timing.context = now - sequence.started_at
-            if self._runner.num_stages > 1:
+            if not self._runner.is_done_at_launch:
                 self._announce(sequence, chunk.end)
         tokens = []
         failed = []
-        for sequence, one in zip(sampling, sampled, strict=True):
-            if sequence.id in self._leaving:
+        for sequence in (chunk.sequence for chunk in over.chunks if chunk.samples):
+            one = chosen.get(sequence.id)
+            if one is None or sequence.id in self._leaving or sequence.id in self._lingering:
                 continue
             if isinstance(one, NoToken):
                 failed.append(Dropped(sequence, "error", one.error))
@@ -333,14 +329,33 @@ class Engine:
             sequence.append(one.token)
             tokens.append(NewToken(sequence, one, self._finish_reason(sequence, one.token),
                                    sequence.take_prompt_scores()))
-        for chunk in chunks:
-            left = self._leaving.get(chunk.sequence.id)
-            if left is not None and not chunk.sequence.num_in_flight:
-                del self._leaving[chunk.sequence.id]
-                self._leave(left)
+        self._let_go(chunk.sequence for chunk in over.chunks)
         for dropped in failed:
             self._leave(dropped)
         return tokens
+
+    def _choose(self, over: StepOutput) -> dict[int, Sampled | NoToken]:
+        """The token of each request that the step gives one."""
+        chosen: dict[int, Sampled | NoToken] = {
+            request: Sampled(token) for request, token in over.tokens.items()}
+        if over.logits is not None:
+            rows = take_scores(over.host_chunks, over.logits, self._leaving)
+            sampling = [chunk.sequence for chunk in over.host_chunks if chunk.samples]
+            chosen |= zip((s.id for s in sampling), self._sampler(rows, sampling), strict=True)
+        return chosen
+
+    def _let_go(self, sequences: Iterable[Sequence]) -> None:
+        """Free the blocks of those that have left, or are done, and are in no step any more."""
+        for sequence in sequences:
+            if sequence.num_in_flight:
+                continue
+            left = self._leaving.get(sequence.id)
+            if left is not None:
+                del self._leaving[sequence.id]
+                self._leave(left)
+            elif sequence.id in self._lingering:
+                self._lingering.remove(sequence.id)
+                self._blocks.free(sequence.id)
 
     def _finish_reason(self, sequence: Sequence, token: int) -> FinishReason | None:
         params = sequence.sampling

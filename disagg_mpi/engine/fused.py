@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from disagg_mpi.engine.attention import StepLayout, attend
-from disagg_mpi.engine.tensor_parallel import Collectives, ModelShard, summed
+from disagg_mpi.engine.attention import StepLayout
+from disagg_mpi.engine.tensor_parallel import Collectives, ModelShard
 
 _FAMILY = ("llama", "mistral", "qwen2")
 
@@ -40,8 +40,8 @@ class FusedLlama:
         self._head_dim = attention.head_dim
         self._heads = len(attention.q_proj.weight) // self._head_dim
         self._kv_heads = len(attention.k_proj.weight) // self._head_dim
-        self._qkv = [_joined(a.q_proj, a.k_proj, a.v_proj) for a in (x.self_attn for x in self._layers)]
-        self._gate_up = [_joined(m.gate_proj, m.up_proj) for m in (x.mlp for x in self._layers)]
+        self._qkv = [joined(a.q_proj, a.k_proj, a.v_proj) for a in (x.self_attn for x in self._layers)]
+        self._gate_up = [joined(m.gate_proj, m.up_proj) for m in (x.mlp for x in self._layers)]
 
     @staticmethod
     def fits(model: nn.Module) -> bool:
@@ -80,19 +80,19 @@ class FusedLlama:
         attention, mlp = layer.self_attn, layer.mlp
         normed = self._norm(hidden, layer.input_layernorm)
         count = len(hidden)
-        joined = self._qkv[index]
-        qkv = _linear(normed, joined) if joined is not None else torch.cat(
+        whole = self._qkv[index]
+        qkv = _linear(normed, whole) if whole is not None else torch.cat(
             [_linear(normed, part) for part in (attention.q_proj, attention.k_proj, attention.v_proj)], -1)
         heads = qkv.view(count, -1, self._head_dim)
         # One rotation for the heads of Q and K together.
         both = _rotate(heads[:, : self._heads + self._kv_heads], cos, sin)
-        out = attend(paged, index, both[:, : self._heads], both[:, self._heads :],
-                     heads[:, self._heads + self._kv_heads :], scaling=attention.scaling)
+        out = paged.attend(index, both[:, : self._heads], both[:, self._heads :],
+                           heads[:, self._heads + self._kv_heads :], scaling=attention.scaling)
         hidden = self._add(out.view(count, -1), attention.o_proj, hidden)
         normed = self._norm(hidden, layer.post_attention_layernorm)
-        joined = self._gate_up[index]
-        if joined is not None:
-            gate, up = _linear(normed, joined).chunk(2, dim=-1)
+        whole = self._gate_up[index]
+        if whole is not None:
+            gate, up = _linear(normed, whole).chunk(2, dim=-1)
             product = F.silu(gate) * up
         else:
             product = _linear_and(normed, mlp.up_proj, "mul", _linear(normed, mlp.gate_proj, "swish"))
@@ -101,13 +101,13 @@ class FusedLlama:
     def _add(self, x: torch.Tensor, layer: nn.Linear, residual: torch.Tensor) -> torch.Tensor:
         """``layer(x) + residual``, of all ranks together."""
         out = _linear_and(x, layer, "add", residual) if self._adds_residual else _linear(x, layer)
-        return out if self._collectives is None else summed(out, self._collectives)
+        return out if self._collectives is None else self._collectives.summed(out)
 
     def _norm(self, hidden: torch.Tensor, norm: Any) -> torch.Tensor:
         return F.rms_norm(hidden, (hidden.shape[-1],), norm.weight, self._eps)
 
 
-def _joined(*layers: nn.Linear) -> nn.Linear | None:
+def joined(*layers: nn.Linear) -> nn.Linear | None:
     """One layer for several whose matrices lie together in memory, over the same memory; else ``None``."""
     weights = [layer.weight for layer in layers]
     first = weights[0]

@@ -14,7 +14,7 @@ import torch
 
 from disagg_mpi.engine.attention import StepLayout
 from disagg_mpi.engine.fused import FusedLlama
-from disagg_mpi.engine.tensor_parallel import Collectives, ModelShard
+from disagg_mpi.engine.tensor_parallel import HostCollectives, ModelShard, StageLink
 from disagg_mpi.engine.weights import DTYPES, has_onednn, load_model
 
 
@@ -22,9 +22,10 @@ class StageModel:
     """Callable, once a step. Raises :class:`ModelError` for a model that cannot be cut into ``shard``."""
 
     def __init__(
-        self, path: Path, *, dtype: str, shard: ModelShard, collectives: Collectives | None
+        self, path: Path, *, dtype: str, shard: ModelShard, link: StageLink | None
     ) -> None:
-        """``dtype``: ``fp32`` or ``bf16``, as in the files; ``collectives`` may be ``None`` where tp is 1."""
+        """``dtype``: ``fp32`` or ``bf16``, as in the files; ``link`` may be ``None`` where tp is 1."""
+        collectives = None if link is None else HostCollectives(link)
         loaded = load_model(path, dtype, shard, collectives)
         self._module: Any = loaded.module
         config: Any = loaded.module.config

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -18,9 +19,8 @@ from disagg_mpi.comm.messages import Batch, CopyBlocks, Message
 from disagg_mpi.engine.attention import KvPool, StepLayout
 from disagg_mpi.engine.model import StageModel
 from disagg_mpi.engine.scheduler import Chunk
+from disagg_mpi.engine.steps import OnLayer, StepOutput
 from disagg_mpi.transfer.layout import CacheView, KvLayout
-
-OnLayer = Callable[[int], None]
 
 
 class StageRunner:
@@ -93,6 +93,20 @@ class StageRunner:
         return hidden
 
 
+class Part(Protocol):
+    """A rank's part of an instance: :class:`StageRunner`, or the one of
+    :mod:`disagg_mpi.engine.gpu.stage`."""
+
+    @property
+    def model(self) -> Any:
+        """With the ``vocab_range`` of the logits that it makes."""
+        ...
+
+    def run(self, batch: Batch, on_layer: OnLayer | None = None) -> torch.Tensor | None: ...
+
+    def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None: ...
+
+
 class _InFlight:
     """A launched step."""
 
@@ -117,7 +131,7 @@ class Runner:
 
     def __init__(
         self,
-        stage: StageRunner,
+        stage: Part,
         *,
         layout: KvLayout,
         link: GroupLink | None = None,
@@ -136,8 +150,21 @@ class Runner:
 
     @property
     def num_stages(self) -> int:
-        """Steps that can usefully be in flight."""
+        """Pipeline stages."""
         return 1 if self._link is None else self._link.pp
+
+    @property
+    def depth(self) -> int:
+        """Steps that can usefully be in flight: one a stage."""
+        return self.num_stages
+
+    @property
+    def is_done_at_launch(self) -> bool:
+        return self.num_stages == 1
+
+    @property
+    def promises(self) -> bool:
+        return False  # ids of tokens are known at the host alone
 
     @property
     def num_in_flight(self) -> int:
@@ -157,12 +184,9 @@ class Runner:
         own = self._stage.run(batch, on_layer)
         self._in_flight.append(_InFlight(chunks, own, self._stage.model.vocab_range[0], slices, receipt))
 
-    def poll(self) -> tuple[Sequence[Chunk], torch.Tensor | None] | None:
-        """The oldest step that is over, with its logits ``[kept tokens, vocabulary]`` in fp32.
-
-        Each chunk has :attr:`~disagg_mpi.engine.scheduler.Chunk.num_kept` rows, in order.
-        ``None`` if there is none; without pipeline stages a launched step is waited for.
-        """
+    def poll(self) -> StepOutput | None:
+        """The oldest step that is over, with all its logits. ``None`` if there is none; without pipeline
+        stages a launched step is waited for."""
         if not self._in_flight:
             return None
         oldest = self._in_flight[0]
@@ -171,7 +195,7 @@ class Runner:
                 return None
         self._in_flight.popleft()
         has_logits = any(chunk.num_kept for chunk in oldest.chunks)
-        return oldest.chunks, oldest.logits() if has_logits else None
+        return StepOutput(oldest.chunks, oldest.chunks, oldest.logits() if has_logits else None, {})
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy whole blocks on all ranks."""

@@ -10,7 +10,8 @@ gives its own back and waits at the head of the queue, to be computed again. The
 by a younger one and the pool can hold any request alone, so all of them come to their end.
 
 With pipeline stages several steps are in flight. A request may be in more than one of them with chunks of its
-prompt, but with one generated token only, and a step takes a fair share of the generating requests.
+prompt, but with one generated token only, and a step takes a fair share of the generating requests. On a GPU
+the next step is launched while one runs, and starts from tokens that are only promised.
 """
 
 from __future__ import annotations
@@ -43,8 +44,13 @@ class Chunk(msgspec.Struct, frozen=True):
 
     @property
     def samples(self) -> bool:
-        """Whether the step gives this request a new token."""
-        return self.end == len(self.sequence.token_ids)
+        """Whether the step gives this request a new token; it may start from one that is only promised."""
+        return self.end >= len(self.sequence.token_ids)
+
+    @property
+    def is_drawn_on_device(self) -> bool:
+        """Whether its new token can be chosen where the logits are made, which need not come to the host."""
+        return self.samples and not self.is_scored and self.sequence.is_drawn_on_device
 
     @property
     def num_kept(self) -> int:
@@ -82,6 +88,8 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._active: dict[int, Sequence] = {}
         self._by_id: dict[int, Sequence] = {}
+        # To be preempted once they are in no step.
+        self._held: set[int] = set()
 
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._by_id
@@ -160,6 +168,7 @@ class Scheduler:
         """
         grown: list[Sequence] = []
         preempted: list[Sequence] = []
+        self._held.clear()
         for sequence in list(self._active.values()):
             if (sequence.status is not Status.RUNNING or sequence.in_context_phase
                     or not sequence.can_schedule):  # what is in flight may be its last token
@@ -170,7 +179,9 @@ class Scheduler:
                     continue
                 victim = self._youngest()
                 if victim.num_in_flight:
-                    break  # it cannot be stopped now; this one waits for it
+                    # It cannot be stopped now. Left out of the next step, it can be when this one is over.
+                    self._held.add(victim.id)
+                    break
                 self._preempt(victim)
                 preempted.append(victim)
                 if victim is sequence:
@@ -179,7 +190,8 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         """The next step's chunks: generation first, then context within the token budget."""
-        running = [s for s in self._active.values() if s.status is Status.RUNNING]
+        running = [s for s in self._active.values()
+                   if s.status is Status.RUNNING and s.id not in self._held]
         generating = [s for s in running if not s.in_context_phase]
         share = -(-len(generating) // self._num_stages)
         ready = [s for s in generating if s.can_schedule and self._has_room(s)][:share]

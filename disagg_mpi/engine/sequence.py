@@ -99,6 +99,8 @@ class Sequence:
         """Positions whose KV is in the pool."""
         self.num_in_flight = 0
         """Launched steps, not over yet, that this sequence is part of."""
+        self.num_promised = 0
+        """Tokens that launched steps will give it and that later ones may start from unseen."""
         self.block_ids: list[int] = []
         self.block_hashes: list[int] = []
         """Of the full blocks of ``token_ids``, as far as they were asked for."""
@@ -132,8 +134,23 @@ class Sequence:
 
     @property
     def can_schedule(self) -> bool:
-        """Whether some token is known whose step has not been launched."""
-        return self.num_scheduled < len(self.token_ids)
+        """Whether some token is known, or promised, whose step has not been launched."""
+        return self.num_scheduled < len(self.token_ids) + self.num_promised
+
+    @property
+    def is_drawn_on_device(self) -> bool:
+        """Whether its next token, after those promised, can be chosen where its logits are made: from nothing
+        but them, temperature, top-k and top-p."""
+        params = self.sampling
+        return not (self.is_adjusted or params.logprobs is not None or params.return_generation_logits
+                    or self.num_output_tokens + self.num_promised < params.min_tokens)
+
+    def promise(self) -> None:
+        """A launched step gives it a token on the device: the step after it need not wait for its id, unless
+        it is the last one that may be."""
+        num_known = self.num_output_tokens + self.num_promised
+        if not self.is_context_only and num_known + 1 < self.sampling.max_tokens:
+            self.num_promised += 1
 
     def take_prompt_scores(self) -> PromptScores | None:
         """All of them, once: the prompt is not scored again after this."""
@@ -143,6 +160,7 @@ class Sequence:
     def append(self, token: int) -> None:
         """The output's next token."""
         self.token_ids.append(token)
+        self.num_promised = max(0, self.num_promised - 1)
         if self.guide is not None:
             self.guide.advance((token,))
 

@@ -59,12 +59,32 @@ class ModelShard(msgspec.Struct, frozen=True):
         return size * self.tp_rank // self.tp, size * (self.tp_rank + 1) // self.tp
 
 
-class Collectives(Protocol):
-    """Of the ranks of one stage: all of them call, in the same order."""
+class StageLink(Protocol):
+    """What joins the ranks of one stage on the host: all of them call, in the same order."""
 
     def all_reduce(self, array: npt.NDArray[np.float32]) -> None:
         """Sum over the ranks, in place; ``array`` is contiguous."""
         ...
+
+
+class Collectives(Protocol):
+    """Of the ranks of one stage, over tensors: all of them call, in the same order."""
+
+    def summed(self, part: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' ``part``, in its type; may be in its place."""
+        ...
+
+
+class HostCollectives:
+    """By messages of a link, summed in fp32."""
+
+    def __init__(self, link: StageLink) -> None:
+        self._link = link
+
+    def summed(self, part: torch.Tensor) -> torch.Tensor:
+        exact = part.float().contiguous()
+        self._link.all_reduce(exact.numpy())
+        return exact.to(part.dtype)
 
 
 class Slice(msgspec.Struct, frozen=True):
@@ -73,13 +93,6 @@ class Slice(msgspec.Struct, frozen=True):
     dim: int
     start: int
     end: int
-
-
-def summed(part: torch.Tensor, collectives: Collectives) -> torch.Tensor:
-    """The sum of all ranks' ``part``, made in fp32, in the type of ``part``; may be in its place."""
-    exact = part.float().contiguous()
-    collectives.all_reduce(exact.numpy())
-    return exact.to(part.dtype)
 
 
 def split(model: nn.Module, shard: ModelShard) -> dict[str, Slice]:
@@ -130,7 +143,7 @@ def connect(model: nn.Module, slices: dict[str, Slice], collectives: Collectives
     for name, part in slices.items():
         if part.dim == 1:
             model.get_submodule(name.removesuffix(".weight")).register_forward_hook(
-                lambda _module, _inputs, output: summed(output, collectives))
+                lambda _module, _inputs, output: collectives.summed(output))
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     if isinstance(embedding, nn.Embedding):
         name = next(name for name, module in model.named_modules() if module is embedding)
@@ -151,7 +164,7 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         others = (input_ids < self._rows.start) | (input_ids >= self._rows.end)
         hidden = self.inner((input_ids - self._rows.start).masked_fill(others, 0))
-        return summed(hidden.masked_fill(others.unsqueeze(-1), 0.0), self._collectives)
+        return self._collectives.summed(hidden.masked_fill(others.unsqueeze(-1), 0.0))
 
 
 def _rows_of(model: nn.Module, shard: ModelShard, name: str, module: nn.Linear, heads: int, kv_heads: int,

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -44,13 +45,46 @@ class LoadedModel(NamedTuple):
     first_layer: int
 
 
+class ModelPlan(NamedTuple):
+    """A stage's model without memory, and what is needed to give it some."""
+
+    path: Path
+    dtype: str
+    module: Any
+    config: Any
+    first_layer: int
+    names: _Names
+    slices: dict[str, Slice]
+    """Of the parameters that the rank holds a part of."""
+
+
 def load_model(
     path: Path,
     dtype: str,
     shard: ModelShard = ModelShard(),  # noqa: B008
     collectives: Collectives | None = None,
 ) -> LoadedModel:
-    """This rank's part of the causal language model in ``path``, ready for packed steps.
+    """This rank's part of the causal language model in ``path``, on the host and ready for packed steps.
+
+    What :func:`plan_model` raises, it does.
+    """
+    if shard.tp > 1 and collectives is None:
+        raise ValueError(f"tp={shard.tp} needs collectives")
+    plan = plan_model(path, dtype, shard)
+    parameters = dict(plan.module.named_parameters(remove_duplicate=False))
+    for name, tensor in mapped_tensors(plan):
+        set_tensor(plan.module, name, tensor, is_parameter=name in parameters)
+    fill_buffers(plan.module, plan.config)
+    for module in plan.module.modules():
+        if type(module) is nn.Linear and has_onednn(dtype):
+            module.__class__ = OneDnnLinear
+    if collectives is not None and shard.tp > 1:
+        tensor_parallel.connect(plan.module, plan.slices, collectives)
+    return LoadedModel(plan.module.eval().requires_grad_(False), plan.first_layer)
+
+
+def plan_model(path: Path, dtype: str, shard: ModelShard) -> ModelPlan:
+    """The rank's part of the causal language model in ``path``, its tensors still without memory.
 
     A stage that is not the first has no embedding and takes ``inputs_embeds``; one that is not the last has
     neither final norm nor output layer: its hidden states are those of the module's ``model``. Raises
@@ -93,22 +127,13 @@ def load_model(
     if getattr(model, "_is_stateful", False):
         raise ModelError(f"{path}: {config.model_type} keeps state outside the KV-cache; supported are "
                          "plain and sliding-window causal decoders")
-    if shard.tp > 1 and collectives is None:
-        raise ValueError(f"tp={shard.tp} needs collectives")
     names = _Names(model, first_layer, num_layers)
     slices = tensor_parallel.split(model, shard) if shard.tp > 1 else {}
     if not shard.is_first:
         model.model.embed_tokens = None
     if not shard.is_last:
         model.model.norm, model.lm_head = nn.Identity(), None
-    _assign_weights(model, path, MappedWeights(weight_files(path), DTYPES[dtype]), names, slices)
-    _fill_buffers(model, config)
-    for module in model.modules():
-        if type(module) is nn.Linear and has_onednn(dtype):
-            module.__class__ = OneDnnLinear
-    if collectives is not None and shard.tp > 1:
-        tensor_parallel.connect(model, slices, collectives)
-    return LoadedModel(model.eval().requires_grad_(False), first_layer)
+    return ModelPlan(path, dtype, model, config, first_layer, names, slices)
 
 
 def _stage_config(path: Path, config: Any, shard: ModelShard) -> Any:
@@ -153,39 +178,46 @@ class _Names:
         return _LAYER.sub(lambda m: f"model.layers.{int(m[1]) + self._first_layer}.", name)
 
 
-def _assign_weights(
-    model: nn.Module, path: Path, weights: MappedWeights, names: _Names, slices: dict[str, Slice]
-) -> None:
+def mapped_tensors(plan: ModelPlan) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of the plan's state, the rank's slice of it, as a view of the mapped files.
+
+    A tensor that is tied to another comes under both names. Raises :class:`ModelError`, before the first, for
+    files that do not fit the model.
+    """
+    path, model, names = plan.path, plan.module, plan.names
+    weights = MappedWeights(weight_files(path), DTYPES[plan.dtype])
     unexpected = [name for name in weights.names if not names.is_known(name)]
     if unexpected:
         raise ModelError(f"{weights.path_of(unexpected[0])} holds tensors that {type(model).__name__} does "
                          "not have: " + ", ".join(unexpected[:5]))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    absent = []
-    for name, wanted in model.state_dict().items():
-        tensor = names.in_files(name, weights)
-        if tensor is None:
-            absent.append(name)
-            continue
-        if weights.shape_of(tensor) != wanted.shape:
-            raise ModelError(f"{weights.path_of(tensor)}: found {tensor} with shape "
-                             f"{weights.shape_of(tensor)}, config.json needs {tuple(wanted.shape)}")
-        part = slices.get(name)
-        if part is None:
-            found = weights.whole(tensor)
-        elif part.dim == 0:
-            found = weights.rows(tensor, part.start, part.end)
-        else:
-            found = weights.columns(tensor, part.start, part.end)
-        owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf,
-                nn.Parameter(found, requires_grad=False) if name in parameters else found)
+    found = {name: names.in_files(name, weights) for name in model.state_dict()}
+    absent = [name for name, tensor in found.items() if tensor is None]
     if absent:
         raise ModelError(f"{path}: the safetensors files lack {len(absent)} tensors of "
                          f"{type(model).__name__}, {absent[0]} among them")
+    for name, wanted in model.state_dict().items():
+        tensor = found[name]
+        assert tensor is not None  # or it is absent
+        if weights.shape_of(tensor) != wanted.shape:
+            raise ModelError(f"{weights.path_of(tensor)}: found {tensor} with shape "
+                             f"{weights.shape_of(tensor)}, config.json needs {tuple(wanted.shape)}")
+        part = plan.slices.get(name)
+        if part is None:
+            yield name, weights.whole(tensor)
+        elif part.dim == 0:
+            yield name, weights.rows(tensor, part.start, part.end)
+        else:
+            yield name, weights.columns(tensor, part.start, part.end)
 
 
-def _fill_buffers(model: nn.Module, config: Any) -> None:
+def set_tensor(model: nn.Module, name: str, tensor: torch.Tensor, *, is_parameter: bool) -> None:
+    """Put ``tensor`` in the place of the one called ``name``."""
+    owner, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(owner), leaf,
+            nn.Parameter(tensor, requires_grad=False) if is_parameter else tensor)
+
+
+def fill_buffers(model: nn.Module, config: Any) -> None:
     """Buffers that no checkpoint holds (rotary frequencies): made anew from the configuration."""
     for module in model.modules():
         names = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]

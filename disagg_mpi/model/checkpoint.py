@@ -88,9 +88,13 @@ def weight_files(directory: Path) -> list[Path]:
     return [directory / shard for shard in shards]
 
 
-def read_model_spec(path: Path) -> ModelSpec:
-    """Describe the model in a directory, which is checked on the way."""
-    tensors = check_model_directory(path)
+def read_model_spec(path: Path, *, has_files: bool = True) -> ModelSpec:
+    """Describe the model in a directory, which is checked on the way.
+
+    Without ``has_files`` it needs to hold no weights: their type is what config.json says, else bfloat16, and
+    their bytes are reckoned from it.
+    """
+    tensors = check_model_directory(path) if has_files else {}
     config = read_json_object(path / "config.json")
     # Multimodal models keep the language model's numbers in a part of their own.
     nested = config.get("text_config")
@@ -117,8 +121,18 @@ def read_model_spec(path: Path) -> ModelSpec:
     bytes_by_dtype: dict[str, int] = {}
     for info in tensors.values():
         bytes_by_dtype[info.dtype] = bytes_by_dtype.get(info.dtype, 0) + info.nbytes
-    if not bytes_by_dtype:
+    if has_files and not bytes_by_dtype:
         raise ModelError(f"{path}: found no tensors in its safetensors files")
+    if not has_files:
+        widths = number("hidden_size") * number("intermediate_size")
+        heads = number("head_dim", default=hidden_size // num_heads)
+        kv_heads = number("num_key_value_heads", default=num_heads)
+        attention = 2 * hidden_size * heads * (num_heads + kv_heads)
+        embeddings = number("vocab_size") * hidden_size * (1 if text.get("tie_word_embeddings") else 2)
+        name = text.get("dtype") or text.get("torch_dtype") or "bfloat16"
+        size = 4 if name == "float32" else 2
+        bytes_by_dtype[str(name)] = size * (
+            embeddings + number("num_hidden_layers") * (attention + 3 * widths))
     dtype = max(bytes_by_dtype, key=lambda name: bytes_by_dtype[name])
     return ModelSpec(
         architecture=_architecture(path, config),

@@ -27,6 +27,13 @@ from disagg_mpi.config import JobConfig
 from disagg_mpi.engine.attention import KvPool
 from disagg_mpi.engine.block_manager import BlockManager
 from disagg_mpi.engine.engine import Engine
+from disagg_mpi.engine.gpu.attention import DevicePool, HeadShape, SdpaAttention, make_attention
+from disagg_mpi.engine.gpu.device import HostDevice
+from disagg_mpi.engine.gpu.model import DeviceModel, head_shape
+from disagg_mpi.engine.gpu.operations import make_operations
+from disagg_mpi.engine.gpu.runner import GpuRunner
+from disagg_mpi.engine.gpu.stage import DeviceStage
+from disagg_mpi.engine.gpu.weights import WeightArena
 from disagg_mpi.engine.guided import GrammarCompiler
 from disagg_mpi.engine.model import StageModel
 from disagg_mpi.engine.reuse import PrefixReuse
@@ -34,6 +41,7 @@ from disagg_mpi.engine.runner import Runner, StageRunner
 from disagg_mpi.engine.sampler import Sampler
 from disagg_mpi.engine.scheduler import Scheduler
 from disagg_mpi.engine.tensor_parallel import ModelShard
+from disagg_mpi.engine.weights import plan_model
 from disagg_mpi.executor.builtin import BuiltinExecutor
 from disagg_mpi.executor.prepare import Preparer
 from disagg_mpi.executor.service import LeaderService
@@ -53,12 +61,13 @@ from disagg_mpi.request import (
     SamplingParams,
 )
 from disagg_mpi.topology import Group, Role, build_topology
+from disagg_mpi.transfer.cuda.gather import GatherTransport
 from disagg_mpi.transfer.directory import CacheDirectory
 from disagg_mpi.transfer.layout import KvLayout
 from disagg_mpi.transfer.memory import private_memory
 from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.transceiver import Transceiver
-from disagg_mpi.transfer.transports import CopyTransport, MemoryTransport, MemoryWire
+from disagg_mpi.transfer.transports import Copies, CopyTransport, MemoryTransport, MemoryWire
 
 VOCABULARY = 128
 PATIENCE = 60.0
@@ -67,9 +76,21 @@ HASH_KEY = b"a job's own"
 
 
 @functools.cache
+def load_device_model(path: Path) -> tuple[DeviceModel, HeadShape]:
+    """The whole model, as on a GPU, on the processor."""
+    plan = plan_model(path, "fp32", ModelShard())
+    arena = WeightArena(plan)
+    memory = torch.zeros(arena.num_bytes, dtype=torch.uint8)
+    arena.fill_from_files(memory)
+    device = HostDevice()
+    arena.attach(memory, device)
+    return DeviceModel(plan, ModelShard(), None, make_operations(device, torch.float32)), head_shape(plan)
+
+
+@functools.cache
 def load_stage(path: Path) -> StageModel:
     """The whole model; instances share it, for it holds weights and never state."""
-    return StageModel(path, dtype="fp32", shard=ModelShard(), collectives=None)
+    return StageModel(path, dtype="fp32", shard=ModelShard(), link=None)
 
 
 def save_tiny_model(directory: Path, kind: str = "Llama", seed: int = 0, **changes: Any) -> Path:
@@ -162,6 +183,12 @@ class StagedRunner(Runner):
         return None if self._is_asked_again and self._num_stages > 1 else super().poll()
 
 
+class SteadyAttention(SdpaAttention):
+    """May be captured: the processor's replay is another run of the same Python."""
+
+    can_capture = True
+
+
 class Instance:
     """One instance, on one rank, with its parts at hand."""
 
@@ -193,25 +220,34 @@ class Job:
         *,
         shared: bool,
         hosts: Sequence[int] | None = None,
+        gpus: Sequence[int] | None = None,
         num_blocks: int = 32,
         eos: Sequence[int] = (),
         make_decoder: Callable[[], Any] | None = WordDecoder,
         num_stages: int = 1,
         tokenizer: Tokenizer | None = None,
+        make_device: Callable[[], HostDevice] = HostDevice,
         **options: Any,
     ) -> None:
-        """``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens.
+        """``gpus``: each rank's, rank 0's too, with ``device="emulated"``; by default all share one.
+        ``num_blocks``: of a context or aggregated instance; a generation instance has as many tokens.
         ``num_stages``: pretend that every instance has so many pipeline stages. ``tokenizer``: instead of
-        ``make_decoder``, for bad texts and guided output too."""
+        ``make_decoder``, for bad texts and guided output too. ``make_device``: what stands in for a
+        GPU."""
         options = {"tokens_per_block": 4, "max_batch_size": 8, "max_num_tokens": 16, **options}
         counts = {role.value: roles.count(role) for role in Role if role in roles}
+        if options.get("device") == "emulated":
+            assert num_stages == 1  # stages on GPUs are driven as those on processors are
         self.config = JobConfig(
             **counts, transport="auto" if shared or hosts else "mpi",
             kv_tokens=num_blocks * options["tokens_per_block"], **options)
         self.topology = build_topology(self.config)
         self.spec = read_model_spec(path)
+        size = self.topology.world_size
+        gpu_of = {rank: f"GPU {gpu}" for rank, gpu in enumerate(gpus or [0] * size)}
         self.arrangement = arrange(
-            self.config, self.topology, hosts or [0] * self.topology.world_size, self.spec)
+            self.config, self.topology, hosts or [0] * size, self.spec,
+            gpu_of if self.config.uses_gpus else {})
         self.directory = CacheDirectory(
             self.arrangement.views, [group.ranks for group in self.topology.groups],
             use_memory=self.config.transport != "mpi")
@@ -219,8 +255,11 @@ class Job:
                           for host, size in self.arrangement.window_bytes.items()}
         self._memories |= {f"rank {rank}": private_memory(size)
                            for rank, size in self.arrangement.private_bytes.items()}
+        self._memories |= {name: private_memory(pool.num_bytes)
+                           for name, pool in self.arrangement.device_pools.items()}
         self._num_stages = num_stages
         self._tokenizer = tokenizer
+        self._make_device = make_device
         self.network = MemoryNetwork()  # the hand-over's
         self.wire = MemoryWire()
         self.bell = Doorbell(uuid.uuid4().hex, 0, [0], True)
@@ -235,12 +274,20 @@ class Job:
         memory = self._memories[view.memory]
         block_size = view.layout.tokens_per_block
         channel = self.network.channel(rank)
+        copies: Copies | None = None
+        if config.transport != "mpi":
+            copies = GatherTransport(torch.from_numpy(memory), view, {
+                name: torch.from_numpy(self._memories[name]) for name in self.arrangement.device_pools
+            }) if config.uses_gpus else CopyTransport(memory, view)
         mover = Mover(self.directory, group.instance_id, rank, channel,
-                      MemoryTransport(rank, self.wire, memory, view),
-                      CopyTransport(memory, view) if config.transport != "mpi" else None)
+                      MemoryTransport(rank, self.wire, memory, view), copies)
         transceiver = Transceiver(rank, group.instance_id, channel, self.directory, mover)
-        runner = StagedRunner(StageRunner(load_stage(path), KvPool(memory, view), None), view.layout,
-                              self._num_stages)
+        runner: StagedRunner | GpuRunner
+        if config.uses_gpus:
+            runner = GpuRunner(self._device_stage(path, group, memory))
+        else:
+            runner = StagedRunner(StageRunner(load_stage(path), KvPool(memory, view), None), view.layout,
+                                  self._num_stages)
         tags = self._tags(group.instance_id) if config.prefix_cache else None
         blocks = BlockManager(self.arrangement.block_ids[group.instance_id], tags)
         reuse = None
@@ -250,16 +297,16 @@ class Job:
         takers = [other for other in self.topology.groups if other.role is Role.GENERATION]
         scheduler = Scheduler(
             blocks, tokens_per_block=block_size, max_batch_size=config.max_batch_size,
-            max_num_tokens=config.max_num_tokens, reserved_output=config.reserved_output,
+            max_num_tokens=config.token_budget, reserved_output=config.reserved_output,
             reserve_output_in_context=group.role.does_context and any(
                 self.directory.is_exchange(group.instance_id, taker.instance_id) for taker in takers),
             num_stages=self._num_stages, place=None if reuse is None else reuse.place)
         engine = Engine(runner=runner, sampler=Sampler(eos), scheduler=scheduler, blocks=blocks,
                         transceiver=transceiver, eos_token_ids=eos, reuse=reuse,
-                        announces_layers=self._num_stages == 1)
+                        announces_layers=runner.is_done_at_launch)
         limits = ExecutorLimits(
             num_blocks=blocks.num_blocks, tokens_per_block=block_size,
-            max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+            max_batch_size=config.max_batch_size, max_num_tokens=config.token_budget,
             max_model_len=self.spec.max_position_embeddings, vocab_size=VOCABULARY,
             reserved_output=config.reserved_output)
         preparer = None
@@ -274,12 +321,28 @@ class Job:
             for other in self.topology.groups if other.role is Role.CONTEXT}
         return Instance(group, executor, engine, blocks, transceiver, ways)
 
+    def _device_stage(self, path: Path, group: Group, memory: Any) -> DeviceStage:
+        config, view, device = self.config, self.arrangement.views[group.leader], self._make_device()
+        model, shape = load_device_model(path)
+        tensor = torch.from_numpy(memory)
+        pool, host_pool = DevicePool(tensor, view, torch.float32), KvPool(memory, view)
+        stage = DeviceStage(
+            device, model, pool, SteadyAttention(pool) if config.cuda_graphs else make_attention(
+                "auto", device, pool, shape, torch.float32),
+            None, lambda sources, targets: host_pool.copy_blocks(list(sources), list(targets)),
+            scratch=self.arrangement.scratch[group.instance_id], max_batch_size=config.max_batch_size,
+            max_num_tokens=config.token_budget, max_model_len=self.spec.max_position_embeddings,
+            captures=config.cuda_graphs)
+        stage.warm_up()
+        return stage
+
     def _tags(self, instance: int) -> PrefixTags:
         place = self.arrangement.tags[instance]
         num_bytes = PrefixTags.bytes_needed(place.num_blocks)
         if place.offset is None:
             return PrefixTags(np.zeros(num_bytes, dtype=np.uint8), place.num_blocks)
-        window = self._memories[self.arrangement.views[self.topology.groups[instance].leader].memory]
+        leader = self.arrangement.views[self.topology.groups[instance].leader]
+        window = self._memories[f"host {leader.host}"]
         return PrefixTags(window[place.offset : place.offset + num_bytes], place.num_blocks)
 
     @property

@@ -43,6 +43,8 @@ MESSAGES: list[messages.Message] = [
     messages.Ready(1, ExecutorLimits(2, 3, 4, 5, 6, 7, 8), {0: "shared", 3: "mpi"}, "host 0+0"),
     messages.Step(0, [RESPONSE]), messages.IntegrityReport(3, 1, ["a"], PoolBlocks("host 0+0", [(3, 4)])),
     messages.Batch(5, [1, 2, 3], [(7, 2, [(16, 9)]), (0, 1, [(32, 1), (40, 2)])], [2]),
+    messages.PagedStep(6, [3, 0], [7, 0], [1, 2], [-1, 4, 5], [(0, 2, [8, 9])], [0],
+                       [(0, 0.7, 5, 0.9, 0.25)], [2]),
     messages.CopyBlocks([1, 2], [8, 9]),
     messages.PullPart(1, 0, [1, 2], [3, 4], 0, 8, 1, 3), messages.PartDone(1),
     messages.PullRequest(7, [1, 2], (0, 2, 1, 2, 0, 8)), messages.Watch(2**63 - 1),

@@ -111,7 +111,7 @@ class Group:
             models, pools = [], []
             for rank in range(tp):
                 models.append(StageModel(path, dtype=dtype, shard=ModelShard(tp, rank, pp, stage),
-                                         collectives=self.sums[stage].of(rank) if tp > 1 else None))
+                                         link=self.sums[stage].of(rank) if tp > 1 else None))
                 shard = shard_of(LAYERS, kv_heads, tp, pp, stage * tp + rank)
                 assert models[-1].first_layer == shard.first_layer
                 assert models[-1].num_layers == shard.num_layers
@@ -230,7 +230,7 @@ def test_bf16_is_close(model_path: Any, name: str, tp: int, pp: int, tmp_path: P
 
 
 def test_steps_that_sample_nothing_make_no_logits(model_path: Any) -> None:
-    model = StageModel(model_path("llama"), dtype="fp32", shard=ModelShard(), collectives=None)
+    model = StageModel(model_path("llama"), dtype="fp32", shard=ModelShard(), link=None)
     layout = KvLayout(LAYERS, 2, HEAD_DIM, PER_BLOCK, 32, "fp32")
     view = CacheView(0, 0, "own", 0, layout, 0, 0, shard_of(LAYERS, 2, 1, 1, 0))
     paged = StepLayout(KvPool(bytearray(layout.pool_bytes), view), [(0, 3, [(8, 3)])])
@@ -305,7 +305,7 @@ def resident():
     return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssFile"))) * 1024
 
 def forward(path, shard):
-    model = StageModel(Path(path), dtype="fp32", shard=shard, collectives=Alone())
+    model = StageModel(Path(path), dtype="fp32", shard=shard, link=Alone())
     config = model._module.config
     kv = shard.kv(config.num_hidden_layers * shard.pp, config.num_key_value_heads)
     layout = KvLayout(kv.num_layers, kv.num_heads, config.head_dim, 16, 2, "fp32")

@@ -138,14 +138,14 @@ def test_every_wanted_row_reaches_the_leader(tp: int, pp: int) -> None:
     for chunks, tokens in zip(steps, wanted, strict=True):
         ranks.runner.launch(chunks)
         over = ranks.runner.poll()
-        assert over is not None and over[0] == chunks
+        assert over is not None and over.chunks == over.host_chunks == chunks and not over.tokens
         if tokens is None:
-            assert over[1] is None
+            assert over.logits is None
             continue
-        assert over[1] is not None
+        assert over.logits is not None
         rows = [token + (token - 50 if token >= 50 else token) for token in tokens]
-        assert torch.equal(over[1], ROWS[rows])
-        left = take_scores(chunks, over[1], ())
+        assert torch.equal(over.logits, ROWS[rows])
+        left = take_scores(chunks, over.logits, ())
         ends = [2 * chunk.end - 2 + 50 * (chunk.sequence is plain) for chunk in chunks if chunk.samples]
         assert torch.equal(left, ROWS[ends])
     ranks.close()

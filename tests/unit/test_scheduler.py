@@ -210,6 +210,19 @@ def test_what_is_in_flight_is_not_preempted_and_needs_no_room_yet() -> None:
     assert scheduler.grow() == ([old], [])
 
 
+def test_one_that_is_always_in_flight_is_left_out_of_a_step_so_that_it_can_be_preempted() -> None:
+    """On a GPU the next step is launched while one runs: without a pause the older one would wait on."""
+    scheduler, _ = make(num_blocks=3, reserved_output=1)
+    old, young = sequence(1, 4, 9), sequence(2, 5, 9)  # the younger one has room for some tokens yet
+    generating(scheduler, old, young)
+    young.num_in_flight = 1
+    assert scheduler.grow() == ([], [])
+    assert scheduler.schedule() == []
+    young.num_in_flight = 0
+    assert scheduler.grow() == ([old], [young])
+    assert [chunk.sequence for chunk in scheduler.schedule()] == [old]
+
+
 @pytest.mark.parametrize("last", [
     sequence(1, 4, 9, RequestType.CONTEXT_ONLY), sequence(1, 4, 1), sequence(1, 3, 2)])
 def test_what_is_in_flight_takes_no_block_that_it_may_never_need(last: Sequence) -> None:
