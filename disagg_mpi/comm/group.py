@@ -69,6 +69,11 @@ class GroupLink:
             if looks > _SUM_LOOKS:
                 time.sleep(_SUM_SLEEP)
 
+    def told(self, text: str) -> str:
+        """What the first rank of this stage says, at all of them. Collective over it, for the start."""
+        said: str = self._stage.bcast(text)
+        return said
+
     # ---- from stage to stage ----
 
     def send_hidden(self, array: Array) -> None:

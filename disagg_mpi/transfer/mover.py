@@ -24,7 +24,7 @@ from disagg_mpi.errors import RequestError
 from disagg_mpi.transfer.directory import COPY, CacheDirectory
 from disagg_mpi.transfer.layout import Box
 from disagg_mpi.transfer.partition import Part
-from disagg_mpi.transfer.transports import CopyTransport, Transfer, Transport
+from disagg_mpi.transfer.transports import Copies, Transfer, Transport
 
 # How long an open transfer is looked at without sleeping: what its bytes take at 1 GB/s, and a moment
 # for the peer to answer. On one host both sides must call MPI for bytes to move, and sleeping 50 µs
@@ -60,7 +60,7 @@ class Mover:
         rank: int,
         channel: Channel,
         messages: Transport,
-        copies: CopyTransport | None,
+        copies: Copies | None,
         *,
         max_tag: int = 2**15 - 1,
     ) -> None:

@@ -54,6 +54,16 @@ class Transport(Protocol):
         ...
 
 
+class Copies(Protocol):
+    """Copies out of memory that this rank can read: the other side need not do anything."""
+
+    name: str
+
+    def receive(
+        self, source: CacheView, source_block_ids: Sequence[int], block_ids: Sequence[int], box: Box
+    ) -> Transfer: ...
+
+
 class MpiTransport:
     """Point-to-point MPI on a communicator of its own: one message a transfer, however many blocks.
 
@@ -73,7 +83,7 @@ class MpiTransport:
     def __init__(self, comm: MPI.Comm, memory: Pool, view: CacheView) -> None:
         from mpi4py import MPI
 
-        _check_memory(memory, view)
+        check_pool(memory.nbytes, view)
         self._mpi = MPI
         self._comm = comm
         self._memory = memory
@@ -134,7 +144,7 @@ class CopyTransport:
     name = "copy"
 
     def __init__(self, memory: Pool, view: CacheView) -> None:
-        _check_memory(memory, view)
+        check_pool(memory.nbytes, view)
         self._memory = memory
         self._view = view
 
@@ -147,11 +157,8 @@ class CopyTransport:
         if (source.host, source.memory) != (target.host, target.memory):
             raise ValueError(f"rank {source.rank}'s blocks lie in {source.memory} of host {source.host}, "
                              f"rank {target.rank}'s in {target.memory} of host {target.host}")
-        for what in ("dtype", "head_dim"):
-            theirs, ours = getattr(source.layout, what), getattr(target.layout, what)
-            if theirs != ours:
-                raise ValueError(f"{what}: {theirs} at rank {source.rank}, {ours} at rank {target.rank}")
-        _check_memory(self._memory, source)
+        check_alike(source, target)
+        check_pool(self._memory.nbytes, source)
         pieces = _joined(source.runs(source_block_ids, box), target.runs(block_ids, box))
         kind = _widest_item(target.row_bytes(box))
         return _Copy(_planes(self._memory, source, box, kind), _planes(self._memory, target, box, kind),
@@ -235,11 +242,20 @@ def _planes(memory: Pool, view: CacheView, box: Box, kind: np.dtype[Any]) -> npt
         (layout.plane_bytes, layout.token_bytes, kind.itemsize))
 
 
-def _check_memory(memory: Pool, view: CacheView) -> None:
+def check_alike(source: CacheView, target: CacheView) -> None:
+    """Raise :class:`ValueError` if a head's bytes mean another thing on the two sides."""
+    for what in ("dtype", "head_dim"):
+        theirs, ours = getattr(source.layout, what), getattr(target.layout, what)
+        if theirs != ours:
+            raise ValueError(f"{what}: {theirs} at rank {source.rank}, {ours} at rank {target.rank}")
+
+
+def check_pool(num_bytes: int, view: CacheView) -> None:
+    """Raise :class:`ValueError` if a memory of ``num_bytes`` has not all of the pool."""
     end = view.offset + view.layout.pool_bytes
-    if view.offset < 0 or end > memory.nbytes:
+    if view.offset < 0 or end > num_bytes:
         raise ValueError(f"rank {view.rank}'s pool is bytes [{view.offset}, {end}) of {view.memory}, "
-                         f"which has {memory.nbytes}")
+                         f"which has {num_bytes}")
 
 
 class MemoryTransport:
@@ -249,7 +265,7 @@ class MemoryTransport:
     name = "memory"
 
     def __init__(self, rank: int, network: MemoryWire, memory: Pool, view: CacheView) -> None:
-        _check_memory(memory, view)
+        check_pool(memory.nbytes, view)
         self._rank = rank
         self._network = network
         self._memory = memory

@@ -22,11 +22,12 @@ from disagg_mpi.shapes import Instance
 from disagg_mpi.topology import Group, Role, Topology
 from disagg_mpi.transfer import transceiver as transceiver_module
 from disagg_mpi.transfer.directory import COPY, MPI, SHARED, CacheDirectory
+from disagg_mpi.transfer.layout import CacheView
 from disagg_mpi.transfer.memory import SharedMemory, private_memory
 from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.progress import ProgressThread
 from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
-from disagg_mpi.transfer.transports import CopyTransport, MpiTransport, Pool
+from disagg_mpi.transfer.transports import Copies, CopyTransport, MpiTransport, Pool, Transport
 
 if TYPE_CHECKING:
     from mpi4py import MPI as MpiModule
@@ -90,14 +91,18 @@ class Side:
         self.transceiver: Transceiver | None = None
         if self.instance is not None:
             view = self.arrangement.views[world.rank]
+            messages, copies = self.transports(view)
             self.transceiver = Transceiver(
                 world.rank, self.instance, post.channel, self.directory,
-                Mover(self.directory, self.instance, world.rank, post.channel,
-                      MpiTransport(self.data, self.memory, view),
-                      None if self.shared is None else CopyTransport(self.memory, view)))
+                Mover(self.directory, self.instance, world.rank, post.channel, messages, copies))
         self.pulled: dict[int, Pulled] = {}
         self.released: dict[int, Released] = {}
         self.problems: list[str] = []
+
+    def transports(self, view: CacheView) -> tuple[Transport, Copies | None]:
+        """What moves this rank's bytes."""
+        return (MpiTransport(self.data, self.memory, view),
+                None if self.shared is None else CopyTransport(self.memory, view))
 
     @property
     def leads(self) -> Role | None:
