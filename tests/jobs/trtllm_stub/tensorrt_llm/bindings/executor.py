@@ -1,0 +1,3 @@
+"""What the job imports."""
+
+from trtllm_double import *  # noqa: F403
