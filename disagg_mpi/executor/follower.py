@@ -7,19 +7,19 @@ it). It knows no requests: a step says which tokens and which slots of the pool.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from disagg_mpi.comm.channel import Channel
 from disagg_mpi.comm.group import GroupLink
-from disagg_mpi.comm.messages import Batch, CopyBlocks, Shutdown
+from disagg_mpi.comm.messages import Batch, CopyBlocks, PagedStep, Shutdown
 from disagg_mpi.comm.waiting import Waiter
 from disagg_mpi.transfer.progress import ProgressThread
 
 
 class Stage(Protocol):
-    """What is needed of :class:`disagg_mpi.engine.runner.StageRunner`."""
+    """What is needed of an engine's stage: the processor's takes batches, the GPU's either."""
 
-    def serve(self, batch: Batch) -> None: ...
+    def serve(self, step: Any) -> None: ...
 
     def copy_blocks(self, sources: Sequence[int], targets: Sequence[int]) -> None: ...
 
@@ -62,7 +62,7 @@ class FollowerService:
         for _, message in messages:
             if isinstance(message, Shutdown):
                 self.stopping = True
-            elif isinstance(message, Batch) and self._stage is not None:
+            elif isinstance(message, Batch | PagedStep) and self._stage is not None:
                 self._stage.serve(message)
             elif isinstance(message, CopyBlocks) and self._stage is not None:
                 self._stage.copy_blocks(message.sources, message.targets)

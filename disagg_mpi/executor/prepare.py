@@ -40,13 +40,13 @@ class Preparer:
             if self._grammars is None:
                 raise RequestError("guided output needs a tokenizer, and this model has none")
             guide = self._grammars.matcher(params.guided)
-        bad = [ids for text in params.bad for ids in self._spellings(text)]
+        bad = [ids for text in params.bad for ids in self.spellings(text)]
         if params.temperature and params.seed is None:
             request = msgspec.structs.replace(
                 request, sampling=msgspec.structs.replace(params, seed=random.getrandbits(62)))
         return Sequence(request, bad, guide)
 
-    def _spellings(self, text: str) -> list[list[int]]:
+    def spellings(self, text: str) -> list[list[int]]:
         """The token ids of a text, as the first word of an output and as a later one."""
         if self._encode is None:
             raise RequestError("bad texts need a tokenizer, and this model has none; give bad_token_ids")

@@ -6,13 +6,18 @@ own layers and heads of it, whatever their shapes, so that block ids can change 
 that span hosts have an array of their own part in the window. With the ``mpi`` transport each rank has its
 part in private memory.
 
-An instance's ranks use the same block ids; tags of the prefix cache lie beside an exchange pool, where all
-its instances see them, and otherwise in the private memory of the instance's leader.
+On GPUs a rank's part is one allocation of its GPU. Instances of one shape and block size whose ranks share
+GPUs one by one have theirs together: one rank of each place allocates for all of them, the others open it,
+and block ids change hands there too. One block more an instance, its *scratch*, takes what a step computes
+for nobody.
+
+An instance's ranks use the same block ids; tags of the prefix cache lie in the host's window where instances
+share a pool, and all of them see them, and otherwise in the private memory of the instance's leader.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 
@@ -34,6 +39,14 @@ class TagsPlace(msgspec.Struct, frozen=True):
     """In the host's window; ``None``: in the leader's private memory."""
 
 
+class DevicePool(msgspec.Struct, frozen=True):
+    """One allocation of a GPU."""
+
+    owner: int
+    """The world rank that allocates it; those whose views name it open it."""
+    num_bytes: int
+
+
 class Arrangement(msgspec.Struct, frozen=True):
     """All places of a job."""
 
@@ -47,41 +60,56 @@ class Arrangement(msgspec.Struct, frozen=True):
     """Instance → the blocks that are its own at first."""
     tags: dict[int, TagsPlace]
     """Instance → where its tags are."""
+    device_pools: dict[str, DevicePool] = {}
+    """Name of a memory → the allocation that it is, for memories of GPUs."""
+    scratch: dict[int, int] = {}
+    """Instance → its scratch block, on GPUs."""
 
 
-def moves_bytes(config: JobConfig, topology: Topology, host_of: Sequence[int]) -> bool:
+GpuOf = Mapping[int, str]
+"""World rank → its GPU, named alike by all ranks of its host; empty where ranks compute on processors."""
+
+_PoolKey = tuple[int, int, tuple[str, ...], str]
+"""Of an exchange pool: host, block size, and on GPUs the GPU of each place and the shape."""
+
+
+def moves_bytes(config: JobConfig, topology: Topology, host_of: Sequence[int], gpu_of: GpuOf = {}) -> bool:  # noqa: B006
     """Whether some hand-over of the job moves bytes, rather than exchange blocks of one pool."""
-    pools = {_exchange_pool(config, group, host_of) for group in topology.groups}
+    pools = {_exchange_pool(config, group, host_of, gpu_of) for group in topology.groups}
     return not config.is_aggregated and (None in pools or len(pools) > 1)
 
 
 def arrange(
-    config: JobConfig, topology: Topology, host_of: Sequence[int], spec: ModelSpec
+    config: JobConfig, topology: Topology, host_of: Sequence[int], spec: ModelSpec, gpu_of: GpuOf = {}  # noqa: B006
 ) -> Arrangement:
     """The places of all ranks. ``host_of``: each rank's host, named by the lowest rank on it."""
-    found = Arrangement({}, {}, {}, {}, {})
-    by_pool: dict[tuple[int, int], list[Group]] = {}
+    found = Arrangement({}, {}, {}, {}, {}, {}, {})
+    by_pool: dict[_PoolKey, list[Group]] = {}
     for group in topology.groups:
-        pool = _exchange_pool(config, group, host_of)
+        pool = _exchange_pool(config, group, host_of, gpu_of)
         if pool is not None:
             by_pool.setdefault(pool, []).append(group)
         else:
-            _place_apart(found, config, group, host_of, spec)
-    for (host, block_size), groups in by_pool.items():
-        _place_together(found, config, host, block_size, groups, spec)
+            _place_apart(found, config, group, host_of, spec, gpu_of)
+    for key, groups in by_pool.items():
+        if gpu_of:
+            _place_on_gpus(found, config, key, groups, spec)
+        else:
+            _place_together(found, config, key[0], key[1], groups, spec)
     return found
 
 
-def _exchange_pool(config: JobConfig, group: Group, host_of: Sequence[int]) -> tuple[int, int] | None:
-    """(host, block size) of the exchange pool that ``group`` is part of, if it can be of one."""
+def _exchange_pool(config: JobConfig, group: Group, host_of: Sequence[int], gpu_of: GpuOf) -> _PoolKey | None:
+    """The exchange pool that ``group`` is part of, if it can be of one."""
     hosts = {host_of[rank] for rank in group.ranks}
     if config.transport == "mpi" or len(hosts) > 1:
         return None
-    return hosts.pop(), config.block_size(group.role)
+    gpus = tuple(gpu_of[rank] for rank in group.ranks) if gpu_of else ()
+    return hosts.pop(), config.block_size(group.role), gpus, str(group.shape) if gpu_of else ""
 
 
 def _blocks(config: JobConfig, group: Group) -> int:
-    return -(-config.kv_tokens // config.block_size(group.role))
+    return -(-config.pool_tokens // config.block_size(group.role))
 
 
 def _layout(config: JobConfig, spec: ModelSpec, num_layers: int, num_heads: int, block_size: int,
@@ -107,18 +135,50 @@ def _place_together(found: Arrangement, config: JobConfig, host: int, block_size
             found.views[rank] = CacheView(rank, host, f"host {host}", offset, layout, 0, 0, shard)
 
 
+def _place_on_gpus(found: Arrangement, config: JobConfig, key: _PoolKey, groups: Sequence[Group],
+                   spec: ModelSpec) -> None:
+    """An allocation for each place of ``groups``, which have equal shapes, with the blocks of all of them."""
+    host, block_size, gpus, _ = key
+    first = 0
+    for group in groups:
+        count = _blocks(config, group)
+        found.block_ids[group.instance_id] = range(first, first + count)
+        found.scratch[group.instance_id] = first + count
+        first += count + 1
+    tags = TagsPlace(first, _take(found, host, PrefixTags.bytes_needed(first)))
+    shape = groups[0].shape
+    for index, gpu in enumerate(gpus):
+        shard = shard_of(spec.num_layers, spec.num_kv_heads, shape.tp, shape.pp, index)
+        layout = _layout(config, spec, shard.num_layers, shard.num_heads, block_size, first)
+        owner = groups[0].ranks[index]
+        memory = f"{gpu} of host {host}, allocated by rank {owner}"
+        found.device_pools[memory] = DevicePool(owner, layout.pool_bytes)
+        for group in groups:
+            rank = group.ranks[index]
+            found.views[rank] = CacheView(rank, host, memory, 0, layout, shard.first_layer, shard.first_head,
+                                          shard)
+    for group in groups:
+        found.tags[group.instance_id] = tags
+
+
 def _place_apart(found: Arrangement, config: JobConfig, group: Group, host_of: Sequence[int],
-                 spec: ModelSpec) -> None:
+                 spec: ModelSpec, gpu_of: GpuOf) -> None:
     """An array of its own part for each rank of ``group``."""
     count = _blocks(config, group)
     found.block_ids[group.instance_id] = range(count)
+    if gpu_of:
+        found.scratch[group.instance_id] = count
+        count += 1
     found.tags[group.instance_id] = TagsPlace(count, None)
     for index, rank in enumerate(group.ranks):
         shard = shard_of(spec.num_layers, spec.num_kv_heads, group.shape.tp, group.shape.pp, index)
         layout = _layout(config, spec, shard.num_layers, shard.num_heads, config.block_size(group.role),
                          count)
         host = host_of[rank]
-        if config.transport == "mpi":
+        if gpu_of:
+            memory, offset = f"{gpu_of[rank]} of host {host}, allocated by rank {rank}", 0
+            found.device_pools[memory] = DevicePool(rank, layout.pool_bytes)
+        elif config.transport == "mpi":
             memory, offset = f"rank {rank}", 0
             found.private_bytes[rank] = layout.pool_bytes
         else:

@@ -1,8 +1,9 @@
 """Builds one rank's part of an instance: memory, model, and at the leader engine and API.
 
 Every rank calls :func:`make_memory` (shared memory is made collectively); ranks of an instance then call
-:func:`load_stage`, which imports torch, with the thread settings in place by then, and when all of them have
-their model :func:`make_worker`: a rank that cannot load leaves no other in a collective.
+:func:`load_stage` (on GPUs :mod:`disagg_mpi.job.gpu`'s), which imports torch, with the thread settings in
+place by then, and when all of them have their model :func:`make_worker`: a rank that cannot load leaves no
+other in a collective.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from disagg_mpi.errors import LayoutError
 from disagg_mpi.executor.base import Executor
 from disagg_mpi.executor.follower import FollowerService
 from disagg_mpi.job.arrangement import Arrangement
+from disagg_mpi.job.gpu import GpuMemory, Transports, make_pools
 from disagg_mpi.job.plan import MemoryPlan
 from disagg_mpi.job.world import World
 from disagg_mpi.model.checkpoint import ModelSpec
@@ -34,9 +36,12 @@ from disagg_mpi.transfer.memory import SharedMemory, check_shared_memory, privat
 from disagg_mpi.transfer.mover import Mover
 from disagg_mpi.transfer.progress import ProgressThread
 from disagg_mpi.transfer.transceiver import Transceiver
-from disagg_mpi.transfer.transports import CopyTransport, MpiTransport, Pool
+from disagg_mpi.transfer.transports import Copies, CopyTransport, MpiTransport, Pool, Transport
 
 if TYPE_CHECKING:
+    from disagg_mpi.engine.gpu.device import Device
+    from disagg_mpi.engine.gpu.runner import GpuRunner
+    from disagg_mpi.engine.gpu.stage import DeviceStage
     from disagg_mpi.engine.runner import StageRunner
     from disagg_mpi.model.tokenizer import Tokenizer
 
@@ -45,11 +50,15 @@ class RankMemory:
     """The memory of this rank's KV-cache, and where everybody's lies."""
 
     def __init__(self, arrangement: Arrangement, directory: CacheDirectory, memory: Pool,
-                 shared: SharedMemory | None) -> None:
+                 shared: SharedMemory | None, gpu: GpuMemory | None = None) -> None:
+        """``memory``: on the host; with ``gpu`` the pool is there, and only tags are on the host."""
         self.arrangement = arrangement
         self.directory = directory
         self.memory = memory
         self.shared = shared
+        self.gpu = gpu
+        self.transports: Transports | None = None
+        """Of an engine rank on a GPU."""
 
     def tags(self, instance: int) -> PrefixTags:
         """The tags of the pool that ``instance`` has its blocks in; for its leader."""
@@ -62,6 +71,9 @@ class RankMemory:
 
     def close(self) -> None:
         """Collective over the host where memory is shared."""
+        self.transports = None
+        if self.gpu is not None:
+            self.gpu.close()
         if self.shared is not None:
             self.shared.close()
 
@@ -70,10 +82,22 @@ class RankMemory:
 _NULL_VOCABULARY = 2**20
 
 
-def make_memory(world: World, config: JobConfig, arrangement: Arrangement) -> RankMemory:
-    """The memory of this rank. Collective over the host."""
+def make_memory(world: World, config: JobConfig, arrangement: Arrangement,
+                device: Device | None) -> RankMemory:
+    """The memory of this rank, whose ``device`` computes where the job is on GPUs. Collective over the
+    world."""
     groups = [group.ranks for group in world.topology.groups]
-    directory = CacheDirectory(arrangement.views, groups, use_memory=config.transport != "mpi")
+    use_memory = config.transport != "mpi"
+    if config.uses_gpus:
+        gpu = make_pools(world, config, arrangement, device)
+        directory = CacheDirectory(arrangement.views, groups, use_memory=use_memory,
+                                   unreachable=gpu.unreachable)
+        window = SharedMemory(world.host, arrangement.window_bytes.get(world.host_ranks[0], 0))
+        memory = RankMemory(arrangement, directory, window.memory, window, gpu)
+        if device is not None:
+            memory.transports = Transports(world, arrangement, directory, gpu)
+        return memory
+    directory = CacheDirectory(arrangement.views, groups, use_memory=use_memory)
     if config.transport == "mpi":
         num_bytes = arrangement.private_bytes.get(world.rank, 0)
         return RankMemory(arrangement, directory, private_memory(num_bytes), None)
@@ -87,7 +111,9 @@ def check_host_memory(
     """Raise :class:`ConfigError` or :class:`LayoutError` before memory is asked for in vain."""
     ranks = world.host_engine_ranks
     window = arrangement.window_bytes.get(world.host_ranks[0], 0)
-    plan.check_memory(len(ranks), window + sum(arrangement.private_bytes.get(rank, 0) for rank in ranks))
+    if not config.uses_gpus:  # their memory has been planned by now
+        plan.check_memory(
+            len(ranks), window + sum(arrangement.private_bytes.get(rank, 0) for rank in ranks))
     if config.transport == "mpi":
         return
     check_shared_memory(window)
@@ -104,7 +130,7 @@ def make_worker(
     memory: RankMemory | None,
     path: Path | None,
     spec: ModelSpec | None,
-    stage: StageRunner | None,
+    stage: StageRunner | DeviceStage | None,
 ) -> Executor | FollowerService:
     """This rank's part of its instance: the executor at the leader, else a follower. Collective over it."""
     is_leader = world.rank == group.leader
@@ -138,15 +164,16 @@ def null_limits(config: JobConfig, group: Group) -> ExecutorLimits:
     """Limits of the executor that computes nothing."""
     block_size = config.block_size(group.role)
     return ExecutorLimits(
-        num_blocks=-(-config.kv_tokens // block_size), tokens_per_block=block_size,
-        max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
-        max_model_len=config.kv_tokens, vocab_size=_NULL_VOCABULARY, reserved_output=config.reserved_output)
+        num_blocks=-(-config.pool_tokens // block_size), tokens_per_block=block_size,
+        max_batch_size=config.max_batch_size, max_num_tokens=config.token_budget,
+        max_model_len=config.pool_tokens, vocab_size=_NULL_VOCABULARY, reserved_output=config.reserved_output)
 
 
 def load_stage(
     world: World, config: JobConfig, group: Group, memory: RankMemory, path: Path
 ) -> StageRunner:
-    """This rank's slice of the model, over its part of the pool. Raises :class:`ModelError`."""
+    """This rank's slice of the model, over its part of the pool, on a processor. Raises
+    :class:`ModelError`."""
     environment.apply(num_threads=config.threads or world.threads)
     import torch
 
@@ -158,7 +185,7 @@ def load_stage(
     torch.set_num_threads(config.threads or world.threads)
     torch.set_grad_enabled(False)
     shard = ModelShard(group.shape.tp, group.tp_rank(world.rank), group.shape.pp, group.pp_rank(world.rank))
-    model = StageModel(path, dtype=config.dtype, shard=shard, collectives=world.link)
+    model = StageModel(path, dtype=config.compute_dtype, shard=shard, link=world.link)
     view = memory.directory.views[world.rank]
     return StageRunner(model, KvPool(memory.memory, view), world.link)
 
@@ -167,9 +194,15 @@ def _make_transceiver(
     world: World, config: JobConfig, group: Group, memory: RankMemory
 ) -> Transceiver:
     view = memory.directory.views[world.rank]
-    copies = CopyTransport(memory.memory, view) if memory.shared is not None else None
-    mover = Mover(memory.directory, group.instance_id, world.rank, world.handover,
-                  MpiTransport(world.data_comm, memory.memory, view), copies, max_tag=world.max_tag)
+    messages: Transport
+    copies: Copies | None
+    if memory.transports is not None:
+        messages, copies = memory.transports.messages, memory.transports.copies
+    else:
+        messages = MpiTransport(world.data_comm, memory.memory, view)
+        copies = CopyTransport(memory.memory, view) if memory.shared is not None else None
+    mover = Mover(memory.directory, group.instance_id, world.rank, world.handover, messages, copies,
+                  max_tag=world.max_tag)
     return Transceiver(world.rank, group.instance_id, world.handover, memory.directory, mover)
 
 
@@ -180,7 +213,7 @@ def _make_executor(
     memory: RankMemory,
     path: Path,
     spec: ModelSpec,
-    stage: StageRunner,
+    stage: StageRunner | DeviceStage,
     transceiver: Transceiver,
     progress: ProgressThread | None,
 ) -> Executor:
@@ -188,7 +221,7 @@ def _make_executor(
     from disagg_mpi.engine.engine import Engine
     from disagg_mpi.engine.guided import GrammarCompiler
     from disagg_mpi.engine.reuse import PrefixReuse
-    from disagg_mpi.engine.runner import Runner
+    from disagg_mpi.engine.runner import Runner, StageRunner
     from disagg_mpi.engine.sampler import Sampler
     from disagg_mpi.engine.scheduler import Scheduler
     from disagg_mpi.engine.tensor_parallel import ModelShard
@@ -205,10 +238,17 @@ def _make_executor(
         for rank in followers:
             world.control.send(rank, message)
 
+    runner: Runner | GpuRunner
     makers = {(pp - 1) * tp + rank: ModelShard(tp, rank, pp, pp - 1).range_of(spec.vocab_size)
               for rank in range(tp)}
     makers.pop(0, None)
-    runner = Runner(stage, layout=view.layout, link=world.link, tell=tell, vocab_ranges=makers)
+    if memory.gpu is not None and pp == 1:
+        from disagg_mpi.engine.gpu.runner import GpuRunner
+
+        assert not isinstance(stage, StageRunner)
+        runner = GpuRunner(stage, tell)
+    else:
+        runner = Runner(stage, layout=view.layout, link=world.link, tell=tell, vocab_ranges=makers)
     tags = memory.tags(group.instance_id) if config.prefix_cache else None
     blocks = BlockManager(memory.arrangement.block_ids[group.instance_id], tags)
     reuse = None
@@ -220,7 +260,7 @@ def _make_executor(
         blocks,
         tokens_per_block=block_size,
         max_batch_size=config.max_batch_size,
-        max_num_tokens=config.max_num_tokens,
+        max_num_tokens=config.token_budget,
         reserved_output=config.reserved_output,
         reserve_output_in_context=_hands_over_in_pool(world.topology.groups, group, memory.directory),
         num_stages=pp,
@@ -228,7 +268,7 @@ def _make_executor(
     )
     engine = Engine(runner=runner, sampler=Sampler(spec.eos_token_ids), scheduler=scheduler,
                     blocks=blocks, transceiver=transceiver, eos_token_ids=spec.eos_token_ids, reuse=reuse,
-                    announces_layers=pp == 1)
+                    announces_layers=runner.is_done_at_launch)
     tokenizer = load_tokenizer(path)
     preparer = Preparer(spec.vocab_size) if tokenizer is None else Preparer(
         spec.vocab_size, functools.partial(tokenizer.encode, add_special_tokens=False),
@@ -237,7 +277,7 @@ def _make_executor(
         engine,
         ExecutorLimits(
             num_blocks=blocks.num_blocks, tokens_per_block=block_size,
-            max_batch_size=config.max_batch_size, max_num_tokens=config.max_num_tokens,
+            max_batch_size=config.max_batch_size, max_num_tokens=config.token_budget,
             max_model_len=spec.max_position_embeddings, vocab_size=spec.vocab_size,
             reserved_output=config.reserved_output),
         Waiter(world.doorbell),

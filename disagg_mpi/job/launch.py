@@ -29,6 +29,9 @@ from disagg_mpi.executor.follower import FollowerService
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.job import guards
 from disagg_mpi.job.arrangement import arrange
+from disagg_mpi.job.devices import describe
+from disagg_mpi.job.gpu import choose_devices, in_words, plan_devices
+from disagg_mpi.job.gpu import load_stage as load_device_stage
 from disagg_mpi.job.instance import (
     RankMemory,
     check_host_memory,
@@ -40,7 +43,8 @@ from disagg_mpi.job.instance import (
 )
 from disagg_mpi.job.plan import plan_memory
 from disagg_mpi.job.segments import unlink_shared_segments
-from disagg_mpi.job.world import World
+from disagg_mpi.job.trtllm import TrtllmJob
+from disagg_mpi.job.world import Hosts, World
 from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec
 from disagg_mpi.orchestrator.dispatcher import Policy
 from disagg_mpi.orchestrator.orchestrator import Orchestrator
@@ -52,6 +56,9 @@ from disagg_mpi.transfer.directory import MPI as MESSAGES
 if TYPE_CHECKING:
     from mpi4py import MPI
 
+    from disagg_mpi.engine.gpu.stage import DeviceStage
+    from disagg_mpi.engine.runner import StageRunner
+
 Progress = Callable[[str], None]
 
 _WAYS = {
@@ -59,12 +66,20 @@ _WAYS = {
     COPY: "one copy within a host's shared memory",
     MESSAGES: "MPI messages",
 }
+_GPU_WAYS = {
+    SHARED: "one shared pool on a GPU, 0 bytes to move",
+    COPY: "one kernel from pool to pool of a host's GPUs",
+    MESSAGES: "MPI messages",
+}
 
 
-def start_mpi() -> MPI.Intracomm:
-    """Start MPI as this job needs it and return its world. Raises :class:`MpiError` if there is none."""
+def start_mpi(*, wants_cuda: bool | None = None) -> MPI.Intracomm:
+    """Start MPI as this job needs it and return its world. Raises :class:`MpiError` if there is none.
+
+    ``wants_cuda``: whether messages should take device memory; ``None``: what the command line says.
+    """
     guards.before_mpi()
-    environment.apply()
+    environment.apply(wants_cuda=wants_cuda)
     # Only where a wheel says which MPI it is: asking mpirun would be a process for each rank.
     install = environment.detect_mpi() if environment.find_wheels() else None
     environment.check_launcher(install, environment.launcher_context())
@@ -184,11 +199,17 @@ class _Job:
                 instances.append(InstanceView(
                     group.instance_id, group.role, group.name, rank, message.limits, message.ways,
                     message.pool if self.config.prefix_cache else "", group.ranks, str(group.shape),
-                    [self.world.host_names[member] for member in group.ranks], group.device_ids))
+                    [self.world.host_names[member] for member in group.ranks],
+                    self.world.devices_of(group)))
             waiter.idle()
         instances.sort(key=lambda instance: instance.id)
+        gpu = None if self.memory is None else self.memory.gpu
         if ways:
-            tell("hand-over: " + " and ".join(_WAYS[way] for way in sorted(ways, reverse=True)))
+            names = _WAYS if gpu is None else _GPU_WAYS
+            tell("hand-over: " + " and ".join(names[way] for way in sorted(ways, reverse=True)))
+        if MESSAGES in ways and gpu is not None and not gpu.takes_device_memory:
+            tell("SLOW hand-over: this MPI takes no device memory, so messages go through pinned host "
+                 "memory; docs/hand-over.md says which does (pip install 'disagg_mpi[cuda]', --device cuda)")
         policy = Policy(
             hash_key=self.world.job_id.encode(), overlap_tokens=self.config.overlap_tokens,
             local_context=self.config.local_context, router=self.config.router)
@@ -198,6 +219,7 @@ class _Job:
         """Collective over the world."""
         if self.worker is not None:
             self.worker.close()
+        self.worker = None  # it may hold memory that another rank owns
         if self.memory is not None:
             self.memory.close()
         self.world.close()
@@ -206,7 +228,7 @@ class _Job:
 @contextmanager
 def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
     topology = build_topology(config)
-    comm = start_mpi()
+    comm = start_mpi(wants_cuda=True if config.device == "cuda" else None)
     is_root = comm.rank == ORCHESTRATOR_RANK
     guards.install(comm, lambda: topology.label(comm.rank), is_root)
     try:
@@ -243,31 +265,60 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     start = time.monotonic()
     environment.check_world(environment.launcher_context(), comm.size)
     topology.check_world(comm.size)
-    world = World(comm, topology, config)
-    spec, path, memory = None, None, None
-    if config.engine != "null":
+    hosts = Hosts(comm)
+    config, places = choose_devices(comm, config, topology, hosts)
+    if places:
+        tell(describe(places, hosts.names))
+    world = World(comm, topology, config, hosts, places)
+    group = topology.group_of(world.rank)
+    spec, path, memory, library = None, None, None, None
+    stage: StageRunner | DeviceStage | None = None
+    if config.engine == "tensorrt_llm":
+        library = TrtllmJob(world, config)
+        path = library.tokenizer_dir
+        tell("TensorRT-LLM on " + " and ".join(str(engine.directory) for engine in library.engines.values()))
+    elif config.engine != "null":
         tell("model …")
         path = _resolve(world, config)
-        spec = together(comm, lambda: read_model_spec(path))
+        spec = together(comm, lambda: read_model_spec(path, has_files=config.weights == "files"))
         check_model_fits(topology, spec.num_layers, spec.num_heads, spec.num_kv_heads)
+        device = None
+        if config.uses_gpus:
+            device, config, shares = plan_devices(world, config, spec)
+            for share in shares:
+                tell(share)
         plan = plan_memory(config, spec)
-        arrangement = arrange(config, topology, world.host_of, spec)
+        arrangement = arrange(config, topology, world.host_of, spec, world.gpu_of)
         together(comm, lambda: check_host_memory(world, config, plan, arrangement))
-        memory = make_memory(world, config, arrangement)
+        memory = make_memory(world, config, arrangement, device)
         tell(f"model {path.name}: {spec.architecture}, "
              f"{spec.parameter_bytes / 2**20:.0f} MiB of weights")
     tell(f"starting {topology.sum_text()} ranks …")
-    group = topology.group_of(world.rank)
-    stage = together(comm, lambda: None if group is None or memory is None or path is None else load_stage(
-        world, config, group, memory, path))
-    worker = together(comm, lambda: None if group is None else make_worker(
-        world, config, group, memory, path, spec, stage))
+    if memory is not None and path is not None and spec is not None:
+        stage = _load_stages(world, config, memory, path, spec, tell)
+    worker = together(comm, lambda: None if group is None else library.make_worker(group) if library else
+                      make_worker(world, config, group, memory, path, spec, stage))
     world.warm_up()
+    if memory is not None and memory.transports is not None:
+        memory.transports.connect()
     unlink_shared_segments()
     if worker is not None:
         worker.start()
     tell(f"ready after {time.monotonic() - start:.1f} s")
     return _Job(config, world, spec, path, memory, worker)
+
+
+def _load_stages(world: World, config: JobConfig, memory: RankMemory, path: Path, spec: ModelSpec,
+                 tell: Progress) -> StageRunner | DeviceStage | None:
+    """This rank's part of the model, ``None`` at rank 0. Collective over the world."""
+    group = world.topology.group_of(world.rank)
+    if memory.gpu is None:
+        return together(world.comm, lambda: None if group is None else load_stage(
+            world, config, group, memory, path))
+    stage = load_device_stage(world, config, group, memory.gpu, memory.arrangement, path, spec)
+    for line in in_words(world, stage):
+        tell(line)
+    return stage
 
 
 def _resolve(world: World, config: JobConfig) -> Path:
@@ -276,7 +327,9 @@ def _resolve(world: World, config: JobConfig) -> Path:
     from disagg_mpi.model.variants import ensure_dtype
 
     def resolve() -> Path:
-        return ensure_dtype(resolve_model(config.model), config.dtype)
+        if config.weights == "random":
+            return Path(str(config.model)).absolute()
+        return ensure_dtype(resolve_model(config.model), config.compute_dtype)
 
     path = from_root(world.comm, resolve)
     is_first_here = world.rank == world.host_ranks[0]

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from disagg_mpi.comm.environment import FAMILY_NAMES, LauncherContext, MpiInstall
+from disagg_mpi.comm import ucx
+from disagg_mpi.comm.environment import FAMILY_NAMES, LauncherContext, MpiInstall, ucx_folder
 from disagg_mpi.errors import MpiError, UsageError
 
 
@@ -37,13 +38,15 @@ class LaunchLine(msgspec.Struct, frozen=True):
 def compose(install: MpiInstall, num_ranks: int, command: Sequence[str],
             context: LauncherContext, *, cores: int, extra_args: Sequence[str] = (),
             oversubscribe: bool = False, environ: Mapping[str, str] | None = None,
-            uid: int | None = None) -> LaunchLine:
+            uid: int | None = None, ucx_folder: Path | None = None,
+            rank_environment: Mapping[str, str] | None = None) -> LaunchLine:
     """The line that starts ``command`` as ``num_ranks`` ranks.
 
     ``cores`` are those of one host, as ``comm.environment.count_cores`` counts them. More ranks than
     that share them; ``oversubscribe`` lets them share also where it does not look so. ``extra_args``
     go to ``mpirun`` as they are, last, so that they win. ``environ`` and ``uid`` default to this
-    process.
+    process. ``ucx_folder``: of the UCX that ranks are to have in place of the MPI wheel's.
+    ``rank_environment``: variables for the ranks, on all hosts.
     """
     if num_ranks < 1:
         raise UsageError(f"{num_ranks} ranks were asked for; give -n 1 or more")
@@ -67,7 +70,17 @@ def compose(install: MpiInstall, num_ranks: int, command: Sequence[str],
             f"{install.mpirun} is {FAMILY_NAMES['unknown']}: nothing was added to its line")
     if context.slurm is not None:
         notes.append(f"inside Slurm job {context.slurm.job_id}: mpirun takes its hosts and tasks")
-    argv = (install.mpirun, "-n", str(num_ranks), *extra_args, *command)
+    own_args: list[str] = []
+    if rank_environment:
+        own_args += _rank_args(install, rank_environment)
+        if not own_args:  # an mpirun whose options we do not know: its ranks here inherit them
+            added |= rank_environment
+    if ucx_folder is not None:
+        # For the ranks alone: mpirun itself has no use for another UCX.
+        own_args += _rank_args(install, ucx.line_environment(install.family, ucx_folder, env))
+        notes.append(f"device memory in messages: ranks load UCX from {ucx_folder} in place of the MPI "
+                     "wheel's (DISAGG_MPI_UCX=0 leaves it)")
+    argv = (install.mpirun, *own_args, "-n", str(num_ranks), *extra_args, *command)
     # What the user has set stays; PATH and HOME were already derived from what is set.
     additions = {key: value for key, value in added.items()
                  if key in ("PATH", "HOME") or key not in env}
@@ -93,6 +106,22 @@ def python_command(words: Sequence[str],
         is_program = os.access(first, os.X_OK)
         return tuple(words) if is_program else (sys.executable, *words)
     return (sys.executable, "-m", "disagg_mpi", *words)
+
+
+def ucx_folder_for(install: MpiInstall, command: Sequence[str],
+                   environ: Mapping[str, str] | None = None) -> Path | None:
+    """Of the UCX that the ranks of ``command`` are to have in place of the MPI wheel's, if any."""
+    env = os.environ if environ is None else environ
+    return ucx_folder(install, env, ucx.wants_cuda(command, env))
+
+
+def _rank_args(install: MpiInstall, variables: Mapping[str, str]) -> list[str]:
+    """What gives ``variables`` to the ranks, on all hosts; nothing for an mpirun that we do not know."""
+    if install.family == "openmpi":
+        return [word for key, value in variables.items() for word in ("-x", f"{key}={value}")]
+    if install.family in ("mpich", "intel"):
+        return [word for key, value in variables.items() for word in ("-genv", key, value)]
+    return []
 
 
 _Arranged = tuple[dict[str, str], list[str]]

@@ -62,7 +62,7 @@ class MemoryPlan(msgspec.Struct, frozen=True):
 
 
 def plan_memory(config: JobConfig, spec: ModelSpec) -> MemoryPlan:
-    return MemoryPlan(spec, config.effective_kv_dtype, config.tokens_per_block, config.kv_tokens)
+    return MemoryPlan(spec, config.effective_kv_dtype, config.tokens_per_block, config.pool_tokens)
 
 
 def available_bytes() -> int | None:

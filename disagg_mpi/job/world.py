@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from disagg_mpi.comm.channel import MpiChannel
@@ -18,28 +19,48 @@ from disagg_mpi.comm.group import GroupLink
 from disagg_mpi.comm.waiting import Doorbell
 from disagg_mpi.config import JobConfig
 from disagg_mpi.job.arrangement import moves_bytes
-from disagg_mpi.topology import ORCHESTRATOR_RANK, Topology
+from disagg_mpi.job.devices import DevicePlace
+from disagg_mpi.topology import ORCHESTRATOR_RANK, Group, Topology
 
 if TYPE_CHECKING:
     from mpi4py import MPI
 
 
+class Hosts:
+    """Which ranks are where. Construction is collective over ``comm``; the world takes :attr:`comm` over."""
+
+    def __init__(self, comm: MPI.Intracomm) -> None:
+        from mpi4py import MPI
+
+        self.comm: MPI.Intracomm = comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
+        """The ranks of this one."""
+        self.ranks: list[int] = self.comm.allgather(comm.rank)
+        self.names: list[str] = comm.allgather(socket.gethostname())
+        """Each rank's host's own name."""
+        self.of: list[int] = comm.allgather(self.ranks[0])
+        """Each rank's host, named by the lowest rank on it."""
+
+
 class World:
     """This rank's view. Construction and ``close`` are collective over ``comm``."""
 
-    def __init__(self, comm: MPI.Intracomm, topology: Topology, config: JobConfig) -> None:
+    def __init__(self, comm: MPI.Intracomm, topology: Topology, config: JobConfig, hosts: Hosts,
+                 places: Mapping[int, DevicePlace]) -> None:
+        """``places``: each engine rank's GPU; empty where ranks compute on processors."""
         from mpi4py import MPI
 
         self.comm = comm
         self.topology = topology
         self.rank = comm.rank
+        self.places = places
+        self.gpu_of = {rank: f"GPU {place.gpu.uuid}" for rank, place in places.items()}
+        """Each engine rank's GPU, named alike on all ranks of its host."""
         self.job_id: str = comm.bcast(uuid.uuid4().hex[:12] if comm.rank == 0 else None)
-        self.host: MPI.Intracomm = comm.Split_type(MPI.COMM_TYPE_SHARED)  # type: ignore[assignment]
-        self.host_ranks: list[int] = self.host.allgather(comm.rank)
-        self.host_names: list[str] = comm.allgather(socket.gethostname())
-        self.host_of: list[int] = comm.allgather(self.host_ranks[0])
-        """Each rank's host, named by the lowest rank on it."""
-        self.has_threads = moves_bytes(config, topology, self.host_of) or any(
+        self.host = hosts.comm
+        self.host_ranks = hosts.ranks
+        self.host_names = hosts.names
+        self.host_of = hosts.of
+        self.has_threads = moves_bytes(config, topology, self.host_of, self.gpu_of) or any(
             group.shape.pp > 1 for group in topology.groups)
         """Whether each engine rank has a thread that keeps bytes moving."""
         self.doorbell = self._make_bell("control")
@@ -52,6 +73,12 @@ class World:
         self._group_comm, self.link = self._make_link()
         self.max_tag = int(comm.Get_attr(MPI.TAG_UB) or 2**15 - 1)
         self.threads = self._threads()
+
+    def devices_of(self, group: Group) -> tuple[int, ...] | None:
+        """The GPU of each rank of ``group``; on processors, what its configuration names."""
+        if not self.places:
+            return group.device_ids
+        return tuple(self.places[rank].gpu.index for rank in group.ranks)
 
     @property
     def is_one_host(self) -> bool:

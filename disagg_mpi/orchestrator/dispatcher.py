@@ -356,6 +356,13 @@ class Dispatcher:
             context.num_requests -= 1
         entry.context = None
 
+    def _drop_unclaimed(self, entry: Entry) -> None:
+        """Free a context that generation gave up, unless the two have a way of their own to say so."""
+        if entry.context_holding is not None and entry.generation is not None:
+            context = entry.context_holding[0]
+            if context.id not in entry.generation.ways:
+                self._drops.setdefault(context.leader, []).append(entry.id)
+
     def _context_released(self, entry: Entry) -> None:
         """Generation has taken over, or nobody will."""
         if entry.context_holding is not None:
@@ -364,6 +371,8 @@ class Dispatcher:
             entry.context_holding = None
 
     def _end(self, entry: Entry, response: Response) -> None:
+        if entry.state is State.HANDOVER and response.error is not None:
+            self._drop_unclaimed(entry)
         self._context_released(entry)
         if entry.context is not None:
             self._context_done(entry)

@@ -25,14 +25,15 @@ LIMITS = ExecutorLimits(num_blocks=10, tokens_per_block=4, max_batch_size=3, max
 class Rank0:
     """A dispatcher with what it sends; contexts are instances 0, …, generations follow.
 
-    ``way``: how KV-cache comes from every context instance to every generation instance.
+    ``way``: how KV-cache comes from every context instance to every generation instance; ``None``: by other
+    means than ours.
     """
 
     def __init__(self, context: int = 1, generation: int = 1, aggregated: int = 0, *,
-                 way: str = "shared", **policy: Any) -> None:
+                 way: str | None = "shared", **policy: Any) -> None:
         roles = ([Role.CONTEXT] * context + [Role.GENERATION] * generation if not aggregated
                  else [Role.AGGREGATED] * aggregated)
-        ways = dict.fromkeys(range(context), way)
+        ways = {} if way is None else dict.fromkeys(range(context), way)
         self.views = [InstanceView(i, role, f"{role} {i}", 10 + i, LIMITS,
                                    ways if role is Role.GENERATION else None)
                       for i, role in enumerate(roles)]
@@ -179,6 +180,32 @@ def test_cancelled_in_context_is_said_to_the_context() -> None:
     assert not sink.ends, "its blocks are not free yet"
     rank0.step(0, given_up(1))
     assert sink.end is State.CANCELLED
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize(("way", "drops"), [("shared", []), (None, [(10, DropOffer([1]))])])
+def test_a_context_that_generation_gave_up_is_dropped_where_nobody_else_can(way: Any, drops: Any) -> None:
+    rank0 = Rank0(way=way)
+    rank0.submit(1)
+    rank0.turn()
+    rank0.step(0, context_done(1))
+    rank0.dispatcher.cancel(1)
+    rank0.turn()
+    assert rank0.step(1, given_up(1)) == drops
+    rank0.assert_over()
+
+
+@pytest.mark.parametrize("pulled", [token(1), last(1), Response(
+    request_id=1, is_final=True, finish_reason="stop")])
+def test_a_context_that_was_pulled_is_not_dropped(pulled: Response) -> None:
+    rank0 = Rank0(way=None)
+    rank0.submit(1)
+    rank0.turn()
+    rank0.step(0, context_done(1))
+    sent = rank0.step(1, pulled)
+    if not pulled.is_final:
+        sent += rank0.step(1, given_up(1))
+    assert sent == []
     rank0.assert_over()
 
 

@@ -494,6 +494,28 @@ def test_an_engine_gives_its_shape_and_the_tokenizers_directory_the_weights(
     assert "has 2 ranks, but its engine" in repository.fault(LayoutError)
 
 
+def test_with_engine_tensorrt_llm_the_engines_themselves_are_run(
+        repository: Copy, tmp_path: Path) -> None:
+    as_template(repository)
+    wide, narrow = make_engine(tmp_path / "a", 2, 2), make_engine(tmp_path / "b", 1, 1)
+    repository.set("context", gpt_model_path=str(wide))
+    repository.set("preprocessing", tokenizer_dir=str(tmp_path))
+    given = {"engine": "tensorrt_llm"}
+    job = repository.plan(**given).job
+    assert (job.context_engine_dir, job.generation_engine_dir) == (str(wide), None)
+    repository.set("generation", gpt_model_path=str(narrow))
+    plan = repository.plan(**given)
+    assert plan.job.generation_engine_dir == str(narrow) and plan.job.model == str(tmp_path)
+    assert [str(group.shape) for group in plan.topology.groups] == ["tp2pp2", "tp1"]
+    assert not any("gpt_model_path" in what for unused in plan.unused.values() for what in unused)
+    typed = repository.plan(**given, context_engine_dir="typed", model="mine").job
+    assert (typed.context_engine_dir, typed.model) == ("typed", "mine")
+    repository.set("context", gpt_model_path=str(make_model(tmp_path / "hf")))
+    fault = repository.fault(**given)
+    assert fault.startswith(repository.line("context", '"gpt_model_path"'))
+    assert "found no engine of TensorRT-LLM there" in fault
+
+
 def test_old_engines_say_it_elsewhere(repository: Copy, tmp_path: Path) -> None:
     engine = tmp_path / "old"
     engine.mkdir()

@@ -3,7 +3,8 @@
 To Triton ``gpt_model_path`` is an engine that TensorRT-LLM built. Here it is a directory with a model of
 Hugging Face's, a GGUF file or a hub id. A repository that serves with Triton already names such a model too:
 ``tokenizer_dir`` of preprocessing. So an engine gives its tp and pp, and the weights are looked for there;
-where nothing is set it is the default model. Nothing is loaded here, but every path is looked at.
+where nothing is set it is the default model. With ``--engine tensorrt_llm`` the engine itself is run. Nothing
+is loaded here, but every path is looked at.
 """
 
 from __future__ import annotations
@@ -74,6 +75,26 @@ def locate(models: Sequence[Parameters], processing: Sequence[Parameters]) -> Lo
     for model, value in tokenizers:
         remarks += _check_tokenizer(model, value, found)
     return Location(found, engines, tuple(remarks))
+
+
+def locate_engines(models: Sequence[Parameters], processing: Sequence[Parameters]) -> Location:
+    """For ``--engine tensorrt_llm``: ``gpt_model_path`` is the engine that it runs, ``tokenizer_dir`` what it
+    takes for ``model``. Raises as :func:`locate`."""
+    engines: dict[str, EngineShape] = {}
+    for model in models:
+        value = model.text(_PATH)
+        if value is None or value == DEFAULT:
+            continue  # it may be given elsewhere
+        engine = _engine(model, value)
+        if engine is None:
+            raise model.error(_PATH, "found no engine of TensorRT-LLM there (a directory with its "
+                                     "config.json), which --engine tensorrt_llm needs")
+        engines[model.file.name] = engine
+    for model in (*models, *processing):
+        value = model.text(_TOKENIZER)
+        if value is not None and value != DEFAULT:
+            return Location(value, engines)
+    return Location(None, engines)
 
 
 def _named_models(models: Sequence[Parameters]) -> tuple[dict[str, EngineShape], str | None]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from disagg_mpi.config import IdKind, Instance, JobConfig, convert, role_keys
 from disagg_mpi.errors import ConfigError, LayoutError
-from disagg_mpi.frontend.triton.location import EngineShape, locate
+from disagg_mpi.frontend.triton.location import EngineShape, locate, locate_engines
 from disagg_mpi.frontend.triton.parameters import Parameters
 from disagg_mpi.frontend.triton.placement import num_copies, place
 from disagg_mpi.frontend.triton.repository import has_code, read_repository, version_of
@@ -133,10 +133,17 @@ def plan_of(repository: Path, given: Mapping[str, Any] | None = None) -> ServePl
 def _find_weights(wiring: Wiring, given: Mapping[str, Any], table: dict[str, Any],
                   remarks: list[str]) -> dict[str, EngineShape]:
     """Set ``model`` in ``table``, unless it is given; the engines that models name."""
+    ranked = [model for kind, model in wiring.models.items() if kind.has_ranks]
+    processing = [wiring.models[Kind.PREPROCESSING], wiring.models[Kind.POSTPROCESSING]]
+    if given.get("engine") == "tensorrt_llm":
+        location = locate_engines(ranked, processing)
+        table["model"] = location.model
+        table |= {f"{kind.value}_engine_dir": str(location.engines[model.file.name].folder)
+                  for kind, model in wiring.models.items() if model.file.name in location.engines}
+        return location.engines
     if "model" in given:
         return {}
-    location = locate([model for kind, model in wiring.models.items() if kind.has_ranks],
-                      [wiring.models[Kind.PREPROCESSING], wiring.models[Kind.POSTPROCESSING]])
+    location = locate(ranked, processing)
     remarks += location.remarks
     table["model"] = location.model
     return location.engines
@@ -166,7 +173,7 @@ def _limits(ranked: Mapping[Kind, Parameters], table: dict[str, Any], remarks: l
     }
     table |= {key: value for key, value in limits.items() if value is not None}
     batch = limits["max_batch_size"]
-    if batch is not None and batch > JobConfig().max_num_tokens:
+    if batch is not None and batch > JobConfig().token_budget:
         table["max_num_tokens"] = batch  # a step takes one token of each request at least
 
 
