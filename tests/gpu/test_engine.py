@@ -95,6 +95,38 @@ def test_flashinfer_attends_as_torch_does(
         assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("contexts", [[77, 16, 0, 31], [500], [3] * 40], ids=str)
+def test_generation_turns_and_writes_its_keys(device: CudaDevice, heads: str, contexts: list[int]) -> None:
+    """In one launch what rotation, copies into the pool and attention do."""
+    pytest.importorskip("flashinfer", reason="pip install flashinfer-python")
+    from disagg_mpi.engine.gpu.attention import FlashInferAttention
+
+    num_heads, kv_heads = HEADS[heads]
+    pool, other = (make_pool(device, kv_heads, 64) for _ in range(2))
+    other.memory.copy_(pool.memory)
+    arrays = a_step([(context, 1) for context in contexts])
+    buffers = StepBuffers(device, num_tokens=128, num_chunks=64, num_rows=64, num_pages=BLOCKS + 64)
+    step = buffers.upload(arrays)
+    shape = HeadShape(num_heads, kv_heads, 64, 0.125, [None])
+    rotary = torch.rand(512, 64, device=device.place)
+    qkv = torch.randn(len(contexts), (num_heads + 2 * kv_heads) * 64, device=device.place).bfloat16()
+    ours, theirs = FlashInferAttention(device, pool, shape), SdpaAttention(other)
+    ours.begin(step)
+    assert ours.takes_unturned
+    mine = [ours.attend_unturned(1, qkv, rotary) for _ in range(3)][-1]  # its counters are as before
+    theirs.begin(step)
+    query, key, value = torch.split(qkv.clone(), [num_heads * 64, kv_heads * 64, kv_heads * 64], dim=-1)
+    TorchOperations().rotate(query, key, step.positions, rotary)
+    expected = theirs.attend(1, *(x.reshape(len(x), -1, 64) for x in (query, key, value)),
+                             scaling=shape.scaling).flatten(1)
+    assert (mine.float() - expected.float()).norm() / expected.float().norm() < 1e-2
+    for plane in ("keys", "values"):
+        written, right = (getattr(each, plane)[1].flatten(0, 1)[arrays.slots].float()
+                          for each in (pool, other))
+        assert (written - right).abs().max() <= 2**-7 * right.abs().max()
+
+
 def test_operations_are_those_of_torch(device: CudaDevice) -> None:
     pytest.importorskip("flashinfer", reason="pip install flashinfer-python")
     results: list[list[torch.Tensor]] = []
@@ -177,6 +209,20 @@ def test_captured_and_plain_steps_give_the_same_tokens(device: CudaDevice, model
     assert [tokens[:4] for tokens in mine] == [tokens[:4] for tokens in theirs]
     assert np.mean(np.array(mine) == np.array(theirs)) > 0.5
     assert decode(captured, prompts, 24) == mine
+
+
+def test_one_request_alone_gets_the_tokens_it_gets_among_others(
+        device: CudaDevice, model_path: Path) -> None:
+    """Its layers take five launches each; and both agree with torch's operations."""
+    pytest.importorskip("flashinfer", reason="pip install flashinfer-python")
+    stage = make_stage(model_path, device, FlashInferOperations(), flashinfer=True, captures=True)
+    plain = make_stage(model_path, device, TorchOperations(), flashinfer=False, captures=False)
+    assert stage.model._llama is not None and stage.model._llama._one_row is not None
+    prompt = [3, 14, 15, 92, 65, 35]
+    mine, theirs = decode(stage, [prompt], 24), decode(plain, [prompt], 24)
+    assert mine[0][:4] == theirs[0][:4]
+    assert np.mean(np.array(mine) == np.array(theirs)) > 0.5
+    assert decode(stage, [prompt], 24) == mine
 
 
 def test_a_draw_is_the_processors(device: CudaDevice) -> None:

@@ -8,10 +8,12 @@ place of the library.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import types
 from typing import Any
 
+import attend_double
 import pytest
 import torch
 import torch.nn.functional as F
@@ -86,41 +88,6 @@ class BatchPrefillWithPagedKVCacheWrapper(_Paged):
                    (q_data_type, kv_data_type))
 
 
-class BatchDecodeWithPagedKVCacheWrapper(_Paged):
-    def __init__(self, float_workspace_buffer: torch.Tensor, kv_layout: str = "NHD",
-                 use_cuda_graph: bool = False, use_tensor_cores: bool = False,
-                 paged_kv_indptr_buffer: torch.Tensor | None = None,
-                 paged_kv_indices_buffer: torch.Tensor | None = None,
-                 paged_kv_last_page_len_buffer: torch.Tensor | None = None, backend: str = "auto") -> None:
-        super().__init__(float_workspace_buffer, kv_layout, backend=backend)
-        self._buffers: list[torch.Tensor] | None = None
-        if use_cuda_graph:
-            assert backend == "fa2", "auto may plan another kernel than was captured"
-            buffers = [paged_kv_indptr_buffer, paged_kv_indices_buffer, paged_kv_last_page_len_buffer]
-            assert all(each is not None for each in buffers)
-            self._buffers = [each for each in buffers if each is not None]
-            assert len(self._buffers[0]) == len(self._buffers[2]) + 1
-
-    def plan(self, indptr: torch.Tensor, indices: torch.Tensor, last_page_len: torch.Tensor,
-             num_qo_heads: int, num_kv_heads: int, head_dim: int, page_size: int, *, window_left: int = -1,
-             sm_scale: float | None = None, q_data_type: Any = "float16", kv_data_type: Any = None) -> None:
-        if self.backend in broken:
-            raise RuntimeError("Ninja build failed")
-        assert sm_scale is not None
-        token_starts = torch.arange(len(last_page_len) + 1, dtype=torch.int32)
-        self._plan(token_starts, indptr, indices, last_page_len, (num_qo_heads, num_kv_heads, head_dim),
-                   page_size, window_left, sm_scale, (q_data_type, kv_data_type))
-        if self._buffers is not None:
-            # A captured kernel reads these, whatever was given to plan.
-            starts, pages, last = self._buffers
-            assert len(last) == len(last_page_len), "the batch size is fixed"
-            assert len(indices) <= len(pages)
-            starts.copy_(indptr.clone())
-            last.copy_(last_page_len.clone())
-            pages[: len(indices)].copy_(indices.clone())
-            self.page_starts, self.pages, self.last = starts, pages, last
-
-
 def append_paged_kv_cache(
     append_key: torch.Tensor, append_value: torch.Tensor, batch_indices: torch.Tensor,
     positions: torch.Tensor, paged_kv_cache: Planes, kv_indices: torch.Tensor, kv_indptr: torch.Tensor,
@@ -177,12 +144,16 @@ broken: set[str] = set()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *, cannot_build: set[str] | None = None) -> None:
-    """Until the test is over ``import flashinfer`` gives this."""
+    """Until the test is over ``import flashinfer`` gives this, and generation's kernel is a double too."""
+    monkeypatch.setitem(sys.modules, "disagg_mpi.engine.gpu.kernels.attend", attend_double.module())
+    if importlib.util.find_spec("triton") is None:
+        triton = types.ModuleType("triton")
+        triton.__spec__ = types.SimpleNamespace(name="triton")  # type: ignore[assignment]
+        monkeypatch.setitem(sys.modules, "triton", triton)
     module = types.ModuleType("flashinfer")
     here = globals()
-    for name in ("BatchPrefillWithPagedKVCacheWrapper", "BatchDecodeWithPagedKVCacheWrapper",
-                 "append_paged_kv_cache", "rmsnorm", "fused_add_rmsnorm", "silu_and_mul",
-                 "apply_rope_with_cos_sin_cache_inplace"):
+    for name in ("BatchPrefillWithPagedKVCacheWrapper", "append_paged_kv_cache", "rmsnorm",
+                 "fused_add_rmsnorm", "silu_and_mul", "apply_rope_with_cos_sin_cache_inplace"):
         setattr(module, name, here[name])
     module.__spec__ = types.SimpleNamespace(name="flashinfer")  # type: ignore[assignment]
     monkeypatch.setitem(sys.modules, "flashinfer", module)

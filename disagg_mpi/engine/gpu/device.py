@@ -23,6 +23,12 @@ class Mark(Protocol):
         ...
 
 
+Work = Callable[[], torch.Tensor]
+
+Recorder = Callable[[Work], tuple[Callable[[], None], torch.Tensor]]
+"""Records a work: what replays it, and the tensor that holds its result afterwards."""
+
+
 class Device(Protocol):
     """Where a rank computes."""
 
@@ -39,8 +45,8 @@ class Device(Protocol):
         """The point where the queue ends now."""
         ...
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        """``work``, recorded: what replays it, and the tensor that holds its result afterwards."""
+    def recorder(self) -> Recorder:
+        """For works that never run at once: what one of them used, the next may use again."""
         ...
 
     def aside(self) -> AbstractContextManager[None]:
@@ -60,8 +66,6 @@ class CudaDevice:
         torch.cuda.set_device(self.place)
         # The host waits for what goes here, so it goes before the rest of a step.
         self._side: Any = torch.cuda.Stream(self.place, priority=-1)  # type: ignore[no-untyped-call]
-        # Captured steps run one after another: what one used, the next may use again.
-        self._graph_memory: Any = torch.cuda.graph_pool_handle()
 
     def free_bytes(self) -> int:
         return torch.cuda.mem_get_info(self.place)[0]
@@ -72,13 +76,18 @@ class CudaDevice:
     def mark(self) -> Mark:
         return _CudaMark()
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        torch.cuda.synchronize(self.place)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads (UCX's, NCCL's) may call CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._graph_memory, capture_error_mode="thread_local"):
-            result = work()
-        return graph.replay, result
+    def recorder(self) -> Recorder:
+        memory: Any = torch.cuda.graph_pool_handle()
+
+        def record(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
+            torch.cuda.synchronize(self.place)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads (UCX's, NCCL's) may call CUDA meanwhile.
+            with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
+                result = work()
+            return graph.replay, result
+
+        return record
 
     @contextlib.contextmanager
     def aside(self) -> Any:
@@ -119,11 +128,14 @@ class HostDevice:
     def mark(self) -> Mark:
         return _Past()
 
-    def capture(self, work: Callable[[], torch.Tensor]) -> tuple[Callable[[], None], torch.Tensor]:
-        def replay() -> None:
-            work()
+    def recorder(self) -> Recorder:
+        def record(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
+            def replay() -> None:
+                work()
 
-        return replay, work()
+            return replay, work()
+
+        return record
 
     def aside(self) -> AbstractContextManager[None]:
         return contextlib.nullcontext()

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from disagg_mpi.engine.gpu.device import Device
-
-Work = Callable[[], torch.Tensor]
+from disagg_mpi.engine.gpu.device import Device, Work
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -27,7 +25,7 @@ class StepGraphs:
     """Captured steps by size."""
 
     def __init__(self, device: Device, sizes: Sequence[int]) -> None:
-        self._device = device
+        self._record = device.recorder()
         self.sizes = sorted(sizes)
         self._captured: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
 
@@ -36,7 +34,7 @@ class StepGraphs:
         for size in reversed(self.sizes):
             work = make(size)
             work()
-            self._captured[size] = self._device.capture(work)
+            self._captured[size] = self._record(work)
 
     def size_for(self, num_chunks: int) -> int | None:
         """The captured size that such a step runs as."""

@@ -18,6 +18,7 @@ from disagg_mpi.engine import tensor_parallel
 from disagg_mpi.engine.fused import FusedLlama, joined
 from disagg_mpi.engine.gpu.attention import DeviceAttention, HeadShape
 from disagg_mpi.engine.gpu.collectives import DeviceCollectives
+from disagg_mpi.engine.gpu.one_row import OneRow
 from disagg_mpi.engine.gpu.operations import Operations
 from disagg_mpi.engine.tensor_parallel import ModelShard
 from disagg_mpi.engine.weights import DTYPES, ModelPlan
@@ -111,30 +112,38 @@ class LlamaSteps:
         self._layers: list[Any] = list(self._model.model.layers)  # type: ignore[arg-type, union-attr]
         attention = self._layers[0].self_attn
         self._head_dim: int = attention.head_dim
+        self._scaling: float = attention.scaling
         self._q = len(attention.q_proj.weight)
         self._kv = len(attention.k_proj.weight)
         self._qkv = [_lying_together(a.q_proj, a.k_proj, a.v_proj)
                      for a in (layer.self_attn for layer in self._layers)]
         self._gate_up = [_lying_together(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self._layers]
         self._rotary = _rotary_table(self._model, config.max_position_embeddings)
+        self._one_row = self._make_one_row() if collectives is None else None
+
+    def _make_one_row(self) -> OneRow | None:
+        head = [self._model.lm_head] if self._is_last else []
+        outer = [each for layer in self._layers for each in (layer.self_attn.o_proj, layer.mlp.down_proj)]
+        if not OneRow.fits([*self._qkv, *self._gate_up, *outer, *head]):
+            return None
+        norm = self._model.model.norm.weight if self._is_last else self._layers[0].input_layernorm.weight
+        return OneRow(self._qkv, self._gate_up, self._layers, norm, head[0] if head else None, self._eps)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
                  attention: DeviceAttention) -> torch.Tensor:
         """Logits ``[rows, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage."""
         operations, eps = self._operations, self._eps
+        if len(hidden) == 1 and self._one_row is not None and attention.takes_unturned and rows is None:
+            return self._one_row(hidden, lambda index, qkv: (
+                attention.attend_unturned(index, qkv, self._rotary, scaling=self._scaling)))
         residual = hidden
         normed = operations.norm(hidden, self._layers[0].input_layernorm.weight, eps)
         out = normed
         for index, layer in enumerate(self._layers):
             if index:
                 normed = operations.add_norm(out, residual, layer.input_layernorm.weight, eps)
-            qkv = _linear(normed, self._qkv[index])
-            query, key, value = torch.split(qkv, [self._q, self._kv, self._kv], dim=-1)
-            operations.rotate(query, key, positions, self._rotary)
-            attended = attention.attend(
-                index, *(x.view(len(x), -1, self._head_dim) for x in (query, key, value)),
-                scaling=layer.self_attn.scaling)
-            out = self._summed(_linear(attended.flatten(1), layer.self_attn.o_proj))
+            attended = self._attend(index, _linear(normed, self._qkv[index]), positions, attention)
+            out = self._summed(_linear(attended, layer.self_attn.o_proj))
             normed = operations.add_norm(out, residual, layer.post_attention_layernorm.weight, eps)
             gated = operations.gated(_linear(normed, self._gate_up[index]))
             out = self._summed(_linear(gated, layer.mlp.down_proj))
@@ -144,6 +153,15 @@ class LlamaSteps:
             return out.new_empty(0, len(self._model.lm_head.weight))
         last = residual + out if rows is None else residual[rows] + out[rows]
         return _linear(operations.norm(last, self._model.model.norm.weight, eps), self._model.lm_head)
+
+    def _attend(self, index: int, qkv: torch.Tensor, positions: torch.Tensor,
+                attention: DeviceAttention) -> torch.Tensor:
+        if attention.takes_unturned:
+            return attention.attend_unturned(index, qkv, self._rotary, scaling=self._scaling)
+        query, key, value = torch.split(qkv, [self._q, self._kv, self._kv], dim=-1)
+        self._operations.rotate(query, key, positions, self._rotary)
+        return attention.attend(index, *(x.view(len(x), -1, self._head_dim) for x in (query, key, value)),
+                                scaling=self._scaling).flatten(1)
 
     def _summed(self, part: torch.Tensor) -> torch.Tensor:
         return part if self._collectives is None else self._collectives.summed(part)

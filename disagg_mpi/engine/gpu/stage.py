@@ -70,6 +70,7 @@ class DeviceStage:
         self._copy_blocks = copy_blocks
         self._scratch = scratch
         self._page_size = layout.tokens_per_block
+        self._most_chunks = min(max_batch_size, max_num_tokens - self._page_size)
         blocks_per_seat = min(layout.num_blocks, -(-max_model_len // self._page_size))
         self._tables = SeatTables(self.num_seats, blocks_per_seat, self._page_size, scratch)
         self._buffers = StepBuffers(
@@ -81,7 +82,8 @@ class DeviceStage:
         if captures and is_whole and attention.can_capture:
             self._graphs = StepGraphs(device, graph_sizes(max_batch_size))
             # Of all sizes: their own would stay apart, half a gigabyte for a large vocabulary.
-            self._captured = torch.empty(max_batch_size, model.vocab_size, device=device.place)
+            self._captured = torch.empty(max_batch_size, model.vocab_size, dtype=model.dtype,
+                                         device=device.place)
 
     def in_words(self) -> str:
         """How it computes, for the start of a job."""
@@ -94,7 +96,7 @@ class DeviceStage:
         """Queue the step, and what the host will want of it."""
         tokens, kept = self._queue(step)
         host_tokens = self._to_host(tokens)
-        rows = self._to_host(kept) if step.keep else None
+        rows = self._to_host(kept.float()) if step.keep else None
         return Queued(host_tokens, rows, self._device.mark())
 
     def serve(self, step: PagedStep | Batch) -> None:
@@ -138,8 +140,11 @@ class DeviceStage:
         """Load kernels and capture generation steps, on the scratch block; collective over the instance."""
         slot = self._scratch * self._page_size
         if self.model.is_first and self.model.is_last:
-            for num_tokens in (1, min(8, self._page_size)):
-                self._logits(_context_step(num_tokens, self._tables.nobody, self._scratch, self._page_size))
+            # Kernels differ by how many requests generate, and by whether a prompt is beside them.
+            for num_ones in (0, *_powers_of_two(self._most_chunks - 1)):
+                for num_tokens in (min(8, self._page_size), 0)[: 2 if num_ones else 1]:
+                    self._logits(_blank_mixture(
+                        num_ones, num_tokens, self._tables.nobody, self._scratch, self._page_size))
             if self._graphs is not None:
                 self._graphs.capture(lambda size: self._work(
                     blank_step(size, self._tables.nobody, slot, self._scratch)))
@@ -168,12 +173,12 @@ class DeviceStage:
         return tokens, kept
 
     def _logits(self, arrays: StepArrays) -> torch.Tensor:
-        """All ranks' logits, fp32: of every chunk of a generation step in order, else of the wanted rows."""
+        """All ranks' logits: of every chunk of a generation step in order, else of the wanted rows."""
         size = self._graphs.size_for(arrays.num_chunks) if self._graphs and arrays.is_generation else None
         if self._graphs is None or size is None:
             step = self._buffers.upload(arrays)
             self._attention.begin(step)
-            return self._forward(step).float()
+            return self._forward(step)
         step = self._buffers.upload(self._tables.padded(arrays, size))
         self._attention.begin(step, captured=True)
         return self._graphs.replay(size)[: arrays.num_chunks]
@@ -186,8 +191,9 @@ class DeviceStage:
         return lambda: result.copy_(self._forward(step))
 
     def _forward(self, step: DeviceStep) -> torch.Tensor:
-        """As :meth:`_logits`, in the type of the computation."""
-        last = self._last_tokens[step.seats[step.chunk_of]]
+        """As :meth:`_logits`."""
+        # A chunk of one token is that token: one kernel less.
+        last = self._last_tokens[step.seats if step.host.is_generation else step.seats[step.chunk_of]]
         token_ids = torch.where(step.token_ids < 0, last, step.token_ids)
         rows = None if step.host.is_generation else step.rows
         return self.model.whole(self.model(token_ids, step.positions, rows, self._attention))
@@ -216,12 +222,17 @@ class DeviceStage:
         return host
 
 
-def _context_step(num_tokens: int, seat: int, block: int, page_size: int) -> StepArrays:
-    """A step of nobody's prompt, on one block."""
-    order = np.arange(num_tokens, dtype=np.int32)
+def _powers_of_two(most: int) -> list[int]:
+    return [1 << power for power in range(max(0, most).bit_length())]
 
-    def ints(*values: int) -> np.ndarray:  # type: ignore[type-arg]
-        return np.array(values, dtype=np.int32)
 
-    return StepArrays(0 * order, order, order + np.int32(block * page_size), 0 * order, ints(seat),
-                      ints(0, num_tokens), ints(0, 1), ints(num_tokens), ints(block), ints(num_tokens - 1))
+def _blank_mixture(num_ones: int, num_tokens: int, seat: int, block: int, page_size: int) -> StepArrays:
+    """A step of nobody's: so many of one token each, then a prompt of ``num_tokens``, if any, all on one
+    block."""
+    lengths = np.array([1] * num_ones + [num_tokens] * (num_tokens > 0), dtype=np.int32)
+    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    order = np.arange(len(lengths) + 1, dtype=np.int32)
+    positions = np.concatenate([np.arange(length) for length in lengths]).astype(np.int32)
+    return StepArrays(
+        0 * positions, positions, positions + np.int32(block * page_size), np.repeat(order[:-1], lengths),
+        0 * lengths + np.int32(seat), starts, order, lengths, 0 * lengths + np.int32(block), starts[1:] - 1)

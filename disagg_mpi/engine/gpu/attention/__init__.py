@@ -1,7 +1,8 @@
 """Paged attention on a device: K and V into the pool, then attention over a request's pages.
 
 One object a rank, made with its stage; ``begin`` is told of each step before its forward, ``attend`` is
-called by every layer. ``paged`` is flashinfer's, ``gathered`` torch's own; :func:`make_attention` chooses.
+called by every layer. ``paged`` is flashinfer's, with a kernel of our own for generation (``ones``),
+``gathered`` torch's own; :func:`make_attention` chooses.
 """
 
 from __future__ import annotations
@@ -52,4 +53,6 @@ def _flashinfer_lacks(device: Device, pool: DevicePool, shape: HeadShape, dtype:
         return "it computes in bf16 over a KV-cache in bf16"
     if shape.head_dim not in (64, 128, 256):
         return f"it has no kernel for heads of {shape.head_dim}"
+    if importlib.util.find_spec("triton") is None:
+        return "generation beside it takes triton, which is not installed"
     return ""

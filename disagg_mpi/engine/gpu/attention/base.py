@@ -49,6 +49,8 @@ class DeviceAttention(Protocol):
     name: str
     can_capture: bool
     """Whether a step can be recorded and replayed with other requests."""
+    takes_unturned: bool
+    """Whether :meth:`attend_unturned` may be called for the step that has begun."""
 
     def begin(self, step: DeviceStep, *, captured: bool = False) -> None:
         """The next calls of :meth:`attend` are of ``step``; ``captured``: by a replay, or to record one."""
@@ -60,4 +62,15 @@ class DeviceAttention(Protocol):
     ) -> torch.Tensor:
         """Put K and V ``[tokens, kv_heads, head_dim]`` into the pool, and attend; as ``query``,
         ``[tokens, heads, head_dim]``."""
+        ...
+
+    def attend_unturned(
+        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        """As :meth:`attend`, with the rotary position embedding of queries and keys before it.
+
+        ``qkv`` ``[tokens, (heads + 2 kv_heads) * head_dim]``; ``rotary`` as :meth:`Operations.rotate` takes
+        it. ``[tokens, heads * head_dim]``.
+        """
         ...

@@ -1,4 +1,4 @@
-"""flashinfer's paged kernels: one plan a step, kind of layer and kind of step, one kernel a layer.
+"""flashinfer's paged kernels for prompts, one plan a step and kind of layer; for generation one of our own.
 
 Its kernels are built when they are first asked for, and kept in its own cache: :class:`FlashInferAttention`
 asks for all that it will use when it is made, so that whoever chose it learns then whether they can be had.
@@ -12,22 +12,19 @@ import numpy as np
 import torch
 
 from disagg_mpi.engine.gpu.attention.base import DevicePool, HeadShape
+from disagg_mpi.engine.gpu.attention.ones import OnesAttention
 from disagg_mpi.engine.gpu.buffers import DeviceStep
 from disagg_mpi.engine.gpu.device import Device, Mark
 
 # Scratch of flashinfer's split over a request's positions; its documentation recommends this much.
 _WORKSPACE_BYTES = 128 * 2**20
 
-# Query heads a KV head from which on its kernels on matrix units win in generation (vLLM and SGLang draw the
-# line here too).
-_MATRIX_UNITS_FROM = 4
-
 # Of its kernels for prompts, in order of speed: the first needs Hopper, and CUDA's headers to be built.
 _BACKENDS = ("auto", "fa2")
 
 
 class FlashInferAttention:
-    """flashinfer's paged kernels: one plan a step, kind of layer and kind of step, one kernel a layer."""
+    """flashinfer's paged kernels, and :class:`OnesAttention` for what has one token in the step."""
 
     can_capture = True
 
@@ -39,17 +36,13 @@ class FlashInferAttention:
         self._device = device
         self._pool = pool
         self._shape = shape
-        self._uses_matrix_units = shape.num_heads // shape.num_kv_heads >= _MATRIX_UNITS_FROM
+        self._ones = OnesAttention(device, pool, shape)
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device.place)
         self._heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim,
                        pool.view.layout.tokens_per_block)
-        # By window: of prompts, of generation beside them, of captured generation by size too.
-        self._prompts: dict[int | None, Any] = {}
-        self._beside: dict[int | None, Any] = {}
-        self._generation: dict[tuple[int, int | None], Any] = {}
-        # Of the step: the wrapper of its first chunks, which are one token each, how many these are, and the
-        # wrapper of the others.
-        self._current: dict[int | None, tuple[Any, int, Any]] = {}
+        self._prompts: dict[int | None, Any] = {}  # by window
+        self._num_ones = 0  # the step's first chunks, which are one token each
+        self.takes_unturned = False
         self._step: DeviceStep | None = None
         # A plan is copied to the device from the wrapper's own host memory, which the next plan writes.
         self._planned: Mark | None = None
@@ -63,25 +56,20 @@ class FlashInferAttention:
                 self._workspace, "NHD", backend=backend) for window in self._shape.windows}
             try:
                 for window, wrapper in self._prompts.items():
-                    self._try(wrapper, window, [torch.tensor([0, 1], dtype=torch.int32)], causal=True)
+                    self._try(wrapper, window)
                 break
             except (RuntimeError, OSError) as error:
                 if backend == _BACKENDS[-1]:
                     raise
                 failed = (f" (with {_BACKENDS[-1]} kernels for prompts; faster ones cannot be built here: "
                           f"{last_line(error)})")
-        for window in self._shape.windows:
-            self._beside[window] = self._library.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace, "NHD", use_tensor_cores=self._uses_matrix_units, backend="fa2")
-            self._try(self._beside[window], window, [])
         return failed
 
-    def _try(self, wrapper: Any, window: int | None, token_starts: list[torch.Tensor],
-             **options: Any) -> None:
+    def _try(self, wrapper: Any, window: int | None) -> None:
         place, shape = self._device.place, self._shape
         starts, one = (torch.tensor(values, dtype=torch.int32) for values in ([0, 1], [1]))
         pages = torch.zeros(1, dtype=torch.int32, device=place)
-        wrapper.plan(*token_starts, starts, pages, one, *self._heads, **self._plan_options(window), **options)
+        wrapper.plan(starts, starts, pages, one, *self._heads, causal=True, **self._plan_options(window))
         query = torch.zeros(1, shape.num_heads, shape.head_dim, dtype=self._pool.dtype, device=place)
         wrapper.run(query, (self._pool.keys[0], self._pool.values[0]))
         self._device.synchronize()
@@ -91,31 +79,23 @@ class FlashInferAttention:
                 "q_data_type": self._pool.dtype, "kv_data_type": self._pool.dtype}
 
     def begin(self, step: DeviceStep, *, captured: bool = False) -> None:
-        if self._planned is not None:
-            self._planned.wait()
         self._step = step
         arrays, pinned = step.host, step.pinned
-        page_starts, last = pinned["page_starts"], pinned["last_page_lengths"]
         # Generation comes first in a step. The kernels for prompts would work on 128 rows for each of its
         # ones, in every head, and read its KV-cache once a query head.
-        num_ones = int(np.argmin(np.append(np.diff(arrays.token_starts) == 1, False)))
+        self._num_ones = num_ones = int(np.argmin(np.append(np.diff(arrays.token_starts) == 1, False)))
+        self.takes_unturned = num_ones == arrays.num_chunks
+        self._ones.begin(num_ones)
+        if self.takes_unturned:
+            return
+        if self._planned is not None:
+            self._planned.wait()
         first_page = int(arrays.page_starts[num_ones])
         for window in self._shape.windows:
-            options = self._plan_options(window)
-            if captured:
-                wrapper = self._generation_wrapper(step, window)
-                wrapper.plan(page_starts, step.pages, last, *self._heads, **options)
-                self._current[window] = wrapper, arrays.num_tokens, None
-                continue
-            if num_ones:
-                self._beside[window].plan(
-                    page_starts[: num_ones + 1], step.pages[:first_page], last[:num_ones], *self._heads,
-                    **options)
-            if num_ones < arrays.num_chunks:
-                self._prompts[window].plan(
-                    pinned["token_starts"][num_ones:] - num_ones, page_starts[num_ones:] - first_page,
-                    step.pages[first_page:], last[num_ones:], *self._heads, causal=True, **options)
-            self._current[window] = self._beside[window], num_ones, self._prompts[window]
+            self._prompts[window].plan(
+                pinned["token_starts"][num_ones:] - num_ones, pinned["page_starts"][num_ones:] - first_page,
+                step.pages[first_page:], pinned["last_page_lengths"][num_ones:], *self._heads, causal=True,
+                **self._plan_options(window))
         self._planned = self._device.mark()
 
     def attend(
@@ -128,32 +108,25 @@ class FlashInferAttention:
         self._library.append_paged_kv_cache(
             key, value, step.chunk_of, step.positions, planes, step.pages, step.page_starts,
             step.last_page_lengths, kv_layout="NHD")
-        generation, num_ones, prompts = self._current[window]
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        num_ones = self._num_ones
         if num_ones:
-            generation.run(query[:num_ones], planes, out=out[:num_ones])
+            # Nothing is turned: the rotation's table is not read.
+            self._ones.attend(layer, query[:num_ones], step, self._workspace, turns=False, scaling=scaling,
+                              window=window, out=out[:num_ones])
         if num_ones < len(query):
-            prompts.run(query[num_ones:], planes, out=out[num_ones:])
+            self._prompts[window].run(query[num_ones:], planes, out=out[num_ones:])
         return out
 
-    def _generation_wrapper(self, step: DeviceStep, window: int | None) -> Any:
-        """Of the step's size; it reads the step's arrays where they lie, so replays find the next ones
-        there."""
-        size = step.host.num_chunks
-        if (size, window) not in self._generation:
-            self._generation[size, window] = self._library.BatchDecodeWithPagedKVCacheWrapper(
-                self._workspace, "NHD", use_cuda_graph=True, use_tensor_cores=self._uses_matrix_units,
-                backend="fa2",  # others cannot be planned anew for a captured step
-                paged_kv_indptr_buffer=step.page_starts, paged_kv_indices_buffer=self._all_pages(step),
-                paged_kv_last_page_len_buffer=step.last_page_lengths)
-        return self._generation[size, window]
-
-    @staticmethod
-    def _all_pages(step: DeviceStep) -> torch.Tensor:
-        """From the step's first page to the end of the room for pages, which is the last there is."""
-        first = step.pages.storage_offset()
-        end = step.pages.untyped_storage().nbytes() // step.pages.element_size()
-        return step.pages.as_strided((end - first,), (1,), first)
+    def attend_unturned(
+        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        assert self._step is not None and self.takes_unturned
+        out = torch.empty(len(qkv), self._shape.num_heads * self._shape.head_dim, dtype=qkv.dtype,
+                          device=qkv.device)
+        self._ones.attend(layer, qkv, self._step, rotary, turns=True, scaling=scaling, window=window, out=out)
+        return out
 
 
 def last_line(error: BaseException) -> str:

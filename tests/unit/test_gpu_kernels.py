@@ -1,0 +1,123 @@
+"""Generation's kernels in Triton's interpreter, in fp32, which is what it can do of them; and compiled for a
+Hopper without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+
+if INTERPRETS:
+    from attend_double import attend_ones as expected_attention
+
+    from disagg_mpi.engine.gpu.kernels.attend import attend_ones
+    from disagg_mpi.engine.gpu.kernels.product import row_product
+
+interpreted = pytest.mark.skipif(not INTERPRETS, reason="run by test_the_kernels_in_the_interpreter")
+
+
+@interpreted
+@pytest.mark.parametrize("turns", [True, False])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [
+    (8, 2, 64, 16), (9, 3, 32, 32), (4, 4, 32, 4)])
+@pytest.mark.parametrize(("lengths", "parts", "least"), [
+    ([40, 1, 17], 1, 16), ([200, 5, 33], 4, 16), ([70, 16], 8, 32), ([100], 32, 64)])
+def test_generation_attends(
+        turns: bool, window: int, heads: int, kv_heads: int, dim: int, page: int, lengths: list[int],
+        parts: int, least: int) -> None:
+    torch.manual_seed(0)
+    counts = [-(-length // page) for length in lengths]
+    num_blocks = sum(counts) + 1
+    planes = torch.randn(2, num_blocks, page, kv_heads, dim)
+    pages = torch.randperm(num_blocks)[: sum(counts)].int()
+    starts = torch.tensor([0, *itertools.accumulate(counts)], dtype=torch.int32)
+    positions = torch.tensor(lengths, dtype=torch.int32) - 1
+    qkv = torch.randn(len(lengths), (heads + 2 * kv_heads) * dim)
+    rotary = torch.rand(max(lengths), dim)
+    rows = len(lengths) * kv_heads * parts * heads // kv_heads
+    counters = torch.zeros(len(lengths) * kv_heads, dtype=torch.int32)
+    results = []
+    for launch in (attend_ones.__getitem__, lambda grid: lambda *all_: expected_attention(grid, *all_)):
+        mine = planes.clone()
+        out = torch.full((len(lengths), heads * dim), 7.0)
+        launch((len(lengths), kv_heads, parts))(
+            qkv, qkv.stride(0), out, *mine, rotary, positions, pages, starts, torch.full((rows, dim), 9.0),
+            torch.full((rows,), 9.0), torch.full((rows,), 9.0), counters, *mine[0].stride()[:3],
+            dim**-0.5 / math.log(2), least, heads, kv_heads, dim, page, 16, parts, window, 2, turns,
+            launch != attend_ones.__getitem__)
+        assert not counters.any()
+        results.append((out, mine))
+    torch.testing.assert_close(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@interpreted
+@pytest.mark.parametrize(("normed", "gated", "added"), [
+    (True, False, False), (True, True, False), (False, False, True), (False, False, False)])
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_row_is_multiplied(normed: bool, gated: bool, added: bool, width: int) -> None:
+    torch.manual_seed(0)
+    num_rows, num_columns = 24, 256
+    x, norm, out = torch.randn(num_columns), torch.rand(num_columns), torch.randn(num_rows)
+    weight = torch.randn(num_rows * (2 if gated else 1), num_columns)
+    normed_x = x * torch.rsqrt(x.square().mean() + 1e-5) * norm if normed else x
+    expected = weight @ normed_x
+    if gated:
+        expected = torch.nn.functional.silu(expected[:num_rows]) * expected[num_rows:]
+    if added:
+        expected = expected + out
+    row_product[(num_rows // 4,)](
+        x, weight, norm, 1e-5, out, num_rows, num_columns, 4, width, normed, gated, added, False)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(INTERPRETS, reason="this is the other run")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+def test_the_kernels_in_the_interpreter() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True,
+        text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(INTERPRETS, reason="compiled in the other run")
+def test_what_a_hopper_would_run() -> None:
+    """For Llama-3-8B's shape: no register spills, and the launch overlaps with the one before it."""
+    pytest.importorskip("triton", minversion="3.3")
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from disagg_mpi.engine.gpu.kernels.attend import attend_ones
+    from disagg_mpi.engine.gpu.kernels.product import row_product
+
+    kinds = {**dict.fromkeys(("rotary", "partial", "partial_max", "partial_sum"), "*fp32"),
+             **dict.fromkeys(("positions", "pages", "page_starts", "counters"), "*i32"),
+             **dict.fromkeys(("row_stride", "block_stride", "token_stride", "head_stride", "least", "N"),
+                             "i32"), "scale": "fp32", "eps": "fp32"}
+    for kernel, warps, constants in (
+        (attend_ones, 1, {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "PAGE": 32, "TILE": 32, "PARTS": 32,
+                          "WINDOW": 0, "STAGES": 3, "TURNS": True, "OVERLAPS": True}),
+        (row_product, 4, {"K": 4096, "ROWS": 2, "WIDTH": 1024, "NORMED": True, "GATED": True, "ADDED": False,
+                          "OVERLAPS": True})):
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else kinds.get(name, "*bf16") for name in names}
+        aligned = {(index,): [["tt.divisibility", 16]] for index, name in enumerate(names)
+                   if name not in constants and signature[name] not in ("fp32", "*i32")}
+        compiled = triton.compile(
+            ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()},
+                      aligned),
+            target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "launch_pdl": True})
+        assert "griddepcontrol.wait" in compiled.asm["ptx"]
+        assert ".local" not in compiled.asm["ptx"]
