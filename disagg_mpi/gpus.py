@@ -17,6 +17,7 @@ from disagg_mpi.errors import ConfigError
 
 EMULATED = "DISAGG_MPI_EMULATED_GPUS"
 _EMULATED_FORM = re.compile(r"([1-9][0-9]?)x([1-9][0-9]{0,3})(MiB|GiB)")
+_KERNELS_LIST = "/proc/driver/nvidia/gpus"
 _UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
@@ -28,6 +29,14 @@ class Gpu(msgspec.Struct, frozen=True):
     uuid: str
     """Of the physical device: equal in all processes of a host, whatever its index there."""
     total_bytes: int
+
+
+def host_has_gpus() -> bool:
+    """Whether the kernel knows of NVIDIA GPUs: for a hint, without starting the driver."""
+    try:
+        return bool(os.listdir(_KERNELS_LIST))
+    except OSError:
+        return False
 
 
 def visible_gpus() -> list[Gpu]:

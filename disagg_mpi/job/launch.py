@@ -27,6 +27,7 @@ from disagg_mpi.errors import JobFailed, MpiError
 from disagg_mpi.executor.base import Executor
 from disagg_mpi.executor.follower import FollowerService
 from disagg_mpi.executor.service import LeaderService
+from disagg_mpi.gpus import host_has_gpus
 from disagg_mpi.job import guards
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import describe
@@ -266,6 +267,8 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     environment.check_world(environment.launcher_context(), comm.size)
     topology.check_world(comm.size)
     hosts = Hosts(comm)
+    if config.device == "cpu" and config.engine == "torch" and host_has_gpus():
+        tell("this host has GPUs, which are not used: --device cuda takes them")
     config, places = choose_devices(comm, config, topology, hosts)
     if places:
         tell(describe(places, hosts.names))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from disagg_mpi import gpus
 from disagg_mpi.errors import ConfigError
 from disagg_mpi.gpus import EMULATED, Gpu, emulated_gpus, visible_gpus
 
@@ -110,3 +112,12 @@ def test_what_pretends_nothing_is_said_with_what_would(text: str) -> None:
     assert EMULATED in message and repr(text) in message
     example = message.rpartition(" ")[2]
     assert len(emulated_gpus({EMULATED: example})) == 2, "what is given as an example works"
+
+
+def test_a_hint_asks_the_kernel_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpus, "_KERNELS_LIST", str(tmp_path / "gpus"))
+    assert not gpus.host_has_gpus()
+    (tmp_path / "gpus").mkdir()
+    assert not gpus.host_has_gpus()
+    (tmp_path / "gpus" / "0000:01:00.0").mkdir()
+    assert gpus.host_has_gpus()
