@@ -3,7 +3,7 @@
     mpirun -n 2 python benchmarks/gpu_handover.py                    64, 16 and 512 MiB, both ranks on GPU 0
     mpirun -n 2 python benchmarks/gpu_handover.py --gpus 0,1         each on one of its own
     mpirun -n 2 python benchmarks/gpu_handover.py --busy             once more while the source computes
-    mpirun -n 2 python benchmarks/gpu_handover.py --tune             and the kernel's tile sizes
+    mpirun -n 2 python benchmarks/gpu_handover.py --variants             and the kernel's tile sizes
     mpirun -n 2 python benchmarks/gpu_handover.py --device cpu --size 16MiB       a smoke test anywhere
 
 Blocks of 16 tokens lie at random places on both sides. After each way every byte is compared with what it
@@ -37,7 +37,7 @@ parser.add_argument("--gpus", default="0,0", help="of the source and of the targ
 parser.add_argument("--size", default="64MiB,16MiB,512MiB", help="KV-cache to hand over, in MiB, by commas")
 parser.add_argument("--chunk", default="", help="other sizes of packed messages, in MiB, by commas")
 parser.add_argument("--busy", action="store_true", help="again, while the source runs matrix products")
-parser.add_argument("--tune", action="store_true", help="time the kernel's variants too")
+parser.add_argument("--variants", action="store_true", help="time the kernel's variants too")
 parser.add_argument("--rounds", type=int, default=9)
 parser.add_argument("--context-first", action="store_true", help="use the GPU before MPI starts")
 parser.add_argument("--force", action="store_true", help="device memory in messages, whatever MPI says")
@@ -358,7 +358,7 @@ def main() -> None:
             title = "Hand-over between two ranks" + (", the source computes" if is_busy else "")
             print(table(title, columns, rows), flush=True)
             wrong = wrong or any("WRONG" in row[-1] for row in rows)
-    if options.tune and bench.rank == TARGET and bench.shared:
+    if options.variants and bench.rank == TARGET and bench.shared:
         print(tune(bench, max(sizes)), flush=True)
     unshare(bench.world, bench.shared)
     if bench.world.allreduce(int(wrong)):

@@ -28,12 +28,15 @@ from disagg_mpi.transfer.layout import Box, CacheView
 # SMs: a tile of 32 KiB is 8 loads of 16 bytes by each of 256 threads, all started before the first store, and
 # several programs share an SM. It is also what 16 tokens of 8 heads of 128 are in a plane, so that a block's
 # piece there is one program, which reads its cell once.
-# Not measured yet: `benchmarks/gpu_handover.py --tune` times VARIANTS on a machine.
+# The best of VARIANTS on an H200 too, by `benchmarks/gpu_handover.py --variants`.
 TILE_BYTES = 32 * 2**10
 NUM_WARPS = 8
 VARIANTS = ((8192, 4), (16384, 4), (16384, 8), (32768, 4), (32768, 8), (32768, 16), (65536, 16))
 """(bytes of a tile, warps) that a benchmark tries."""
 _BYTES_A_WARP = 32 * 16 * 2  # at least two loads of 16 bytes by each thread: small cells take fewer warps
+
+# Host memory of this size is copied by the call itself (CUDA's "API synchronization behavior").
+_TAKEN_AT_ONCE = 64 * 2**10
 
 # Copied by torch's indexing at once: it takes as much memory again.
 _INDEXED_BYTES = 64 * 2**20
@@ -86,11 +89,16 @@ class Cells:
         self._smaller: dict[int, Cells] = {}
 
     def table_on(self, device: torch.device) -> torch.Tensor:
-        """The table on ``device``, in the current stream. torch keeps the pinned memory until it is there."""
+        """The table on ``device``, in the current stream; not waited for.
+
+        CUDA takes small copies out of any memory at once; of larger ones torch keeps the pinned memory until
+        they are there.
+        """
         if self._uploaded is None:
             table = torch.from_numpy(self.table)
-            self._uploaded = (
-                table.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else table)
+            if device.type == "cuda" and table.nbytes > _TAKEN_AT_ONCE:
+                table = table.pin_memory()
+            self._uploaded = table.to(device, non_blocking=True)
         return self._uploaded
 
     def at_most(self, most: int) -> Cells:
