@@ -84,7 +84,7 @@ gpu-check:
 	@$(PYTHON) benchmarks/gpu_all.py --check
 
 gpu-bench: gpu-check $(VENV)/.cuda
-	$(PY) benchmarks/gpu_all.py --folder gpu-bench
+	$(PY) benchmarks/gpu_all.py --folder gpu-bench $(if $(GPUS),--gpus $(GPUS))
 
 clean:
 	rm -rf $(VENV) $(VENV_MPICH) build gpu-bench *.egg-info

@@ -1,6 +1,7 @@
 """``make gpu-bench``: every table about GPUs, with the machine and the commands above them.
 
     python benchmarks/gpu_all.py [PART…] [--folder FOLDER] [--trace FILE]     engine, handover, pays
+    python benchmarks/gpu_all.py handover pays --gpus 0,1                     two GPUs or more, not shared
     python benchmarks/gpu_all.py --check                                      whether there is a GPU, no more
 
 Each part is a command that can be typed alone, ends by itself, and costs only its own tables if it fails.
@@ -37,7 +38,8 @@ class Step:
     """Seconds; what takes longer is ended."""
 
 
-def steps(parts: list[str], folder: Path | None, trace: Path | None, emulated: bool) -> list[Step]:
+def steps(parts: list[str], folder: Path | None, trace: Path | None, emulated: bool,
+          gpus: list[str]) -> list[Step]:
     def script(name: str) -> str:
         path = HERE / f"gpu_{name}.py"
         return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
@@ -54,9 +56,19 @@ def steps(parts: list[str], folder: Path | None, trace: Path | None, emulated: b
                      for mps in ([], ["--mps"])],
         "pays": [Step("pays", [script("pays"), *small, *kept("pays")], 1200)],
     }
+    spread: list[str] = []
+    if len(gpus) > 1:
+        every["handover"] = [Step("handover", [*launch, "--", script("handover"), *moved, "--gpus",
+                                               ",".join(gpus[:2])], 300)]
+        spread = ["--gpus", ",".join(gpus)]
+        every["pays"] = [
+            Step("pays", [script("pays"), *small, *spread, *kept("pays")], 1200),
+            # One instance on all: its time between tokens, alone, against the floor of generation steps.
+            Step("pays", [script("pays"), *small, *spread, "--tp", str(len(gpus)), "--layouts", "aggregated",
+                          "--chunks", "2048", "--streams", "1,32", *kept("tp")], 600)]
     if trace is not None:
         every["pays"].append(Step(
-            "pays", [script("pays"), *small, "--trace", str(trace), *kept("trace")], 1200))
+            "pays", [script("pays"), *small, *spread, "--trace", str(trace), *kept("trace")], 1200))
     return [step for part in parts for step in every[part]]
 
 
@@ -101,6 +113,7 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--check", action="store_true", help="only say whether there is a GPU")
     parser.add_argument("--folder", type=Path, help="keep output and figures there")
+    parser.add_argument("--gpus", default="0", metavar="ID,ID", help="of handover and pays; default 0")
     parser.add_argument("--trace", type=Path, metavar="FILE", help="replay it too: see gpu_pays.py")
     parser.add_argument("--emulated", action="store_true",
                         help="a smoke test of all of it without a GPU; no figure means anything")
@@ -124,7 +137,8 @@ def main() -> None:
     if log is not None:
         log.write_text(head + "\n")
     failed = []
-    for step in steps(options.parts or list(PARTS), options.folder, options.trace, options.emulated):
+    for step in steps(options.parts or list(PARTS), options.folder, options.trace, options.emulated,
+                      options.gpus.split(",")):
         problem = run(step, log)
         if problem:
             failed.append(f"{step.part}: {problem}: {shlex.join(['python', *step.words])}")

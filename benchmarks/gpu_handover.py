@@ -3,13 +3,14 @@
     mpirun -n 2 python benchmarks/gpu_handover.py                    64, 16 and 512 MiB, both ranks on GPU 0
     mpirun -n 2 python benchmarks/gpu_handover.py --gpus 0,1         each on one of its own
     mpirun -n 2 python benchmarks/gpu_handover.py --busy             once more while the source computes
-    mpirun -n 2 python benchmarks/gpu_handover.py --variants             and the kernel's tile sizes
+    mpirun -n 2 python benchmarks/gpu_handover.py --variants         and the kernel's tile sizes
     mpirun -n 2 python benchmarks/gpu_handover.py --device cpu --size 16MiB       a smoke test anywhere
 
 Blocks of 16 tokens lie at random places on both sides. After each way every byte is compared with what it
 should be, which the target computes by itself: an element of the source's pool is its index times a constant.
 Times are the target's, from asking until the bytes are in place, medians of 9 after 2; beside them is one
-device copy of as many contiguous bytes, by the same clock. Needs torch, mpi4py, numpy, msgspec and click.
+copy of as many contiguous bytes, within the device or from the other one, by its own clock. Needs torch,
+mpi4py, numpy, msgspec and click.
 """
 
 from __future__ import annotations
@@ -98,6 +99,7 @@ class Bench:
                 torch.arange(self.pool.numel() // 8, device=self.device)).mul_(_FACTOR)
         self.synchronize()
         self.devices: list[str] = self.world.allgather(device_name(self.device))
+        self.is_apart = len(set(self.devices)) > 1
         before, start = self.free_bytes(), time.perf_counter()
         self.shared: Shared = share(
             self.world, {self.view.memory: self.pool}, ["pool 0"] if self.rank == TARGET else [], self.device)
@@ -216,7 +218,10 @@ def alone(bench: Bench, work: Callable[[], Any]) -> float:
 
 
 def copy_once(bench: Bench, num_bytes: int) -> Callable[[], None]:
+    """Of contiguous bytes: from the source's pool where that is another device's, else within this one."""
     source, target = (torch.ones(num_bytes, dtype=torch.uint8, device=bench.device) for _ in range(2))
+    if bench.is_apart and bench.shared:
+        source = bench.shared["pool 0"][:num_bytes]
 
     def work() -> None:
         target.copy_(source)
@@ -252,7 +257,8 @@ def run_size(bench: Bench, num_bytes: int, is_aware: bool) -> list[list[str]]:
         share_of = f"{ceiling / seconds:.2f}" if moved else ""
         rows.append([size_of(num_bytes), name, time_of(seconds), speed, share_of, size_of(moved), found])
 
-    add("device copy of contiguous bytes, on the device", ceiling or 1.0, "")
+    add(f"{'peer' if bench.is_apart and bench.shared else 'device'} copy of contiguous bytes, on the device",
+        ceiling or 1.0, "")
 
     def exchange(time_it: bool = True) -> None:
         """The table comes, the bytes stay."""
@@ -329,7 +335,7 @@ def describe(bench: Bench, is_aware: bool) -> Iterator[str]:
     if bench.device.type == "cuda":
         name = torch.cuda.get_device_name(bench.device)
     library = " ".join(MPI.Get_library_version().split()[:3])
-    where = "one device" if len(set(bench.devices)) == 1 else "two devices"
+    where = "two devices" if bench.is_apart else "one device"
     yield f"{name}, {where}; torch {torch.__version__}; {library}; device memory in messages: {is_aware}"
     if bench.shared.failures:
         yield f"pool of the source not opened: {bench.shared.failures['pool 0']}"

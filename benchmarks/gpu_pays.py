@@ -3,14 +3,16 @@
     python benchmarks/gpu_pays.py                                   running streams while long prompts arrive
     python benchmarks/gpu_pays.py --trace FILE --requests 200       the arrivals and lengths of a trace
     python benchmarks/gpu_pays.py --layouts aggregated,disaggregated --mps on --streams 16
+    python benchmarks/gpu_pays.py --gpus 0,1                        context on GPU 0, generation on GPU 1
+    python benchmarks/gpu_pays.py --gpus 0,1,2,3 --tp 2             instances of two GPUs
     python benchmarks/gpu_pays.py --device emulated --tiny          a smoke test without a GPU
 
-Every layout is a job of its own under mpirun, on GPU 0 alone, with the same model (of Llama-3-8B's shape,
-random weights), the same KV-cache in all, the same requests at the same times:
+Every layout is a job of its own under mpirun, on GPU 0 alone or on --gpus, with the same model (of
+Llama-3-8B's shape, random weights), the same KV-cache in all, the same requests at the same times:
 
-    aggregated      one rank for both phases, its prompts in chunks (--chunks)
-    two             two such ranks that share the GPU
-    disaggregated   one rank for contexts and one for generation, which share it
+    aggregated      one instance for both phases, its prompts in chunks (--chunks)
+    two             two such instances that share the GPU, or one on each of several
+    disaggregated   an instance for contexts and one for generation, which share it; of several half for each
 
 Times are seen at rank 0, from the orchestrator's API, as a client would see them: TTFT from when a prompt was
 to arrive, ITL between two tokens of a stream. With ``--mps both`` layouts of several ranks run without and
@@ -77,6 +79,8 @@ def arguments() -> argparse.Namespace:
     add("--tiny", action="store_true", help="a tiny model and short loads; no figure means anything")
     add("--layouts", default="aggregated,two,disaggregated", metavar="NAME,NAME")
     add("--mps", choices=["off", "on", "both"], default="both", help="for layouts of several ranks")
+    add("--gpus", default="0", metavar="ID,ID", help="to compute on; several are not shared")
+    add("--tp", type=int, default=1, metavar="N", help="GPUs of an instance")
     add("--chunks", default="", metavar="N,N", help="token budgets of aggregated ranks; default 512,2048")
     add("--kv-tokens", type=int, default=0, metavar="N", help="of all ranks together; default 360448")
     add("--streams", default="", metavar="N,N", help="running streams; default 16,32")
@@ -111,6 +115,13 @@ def arguments() -> argparse.Namespace:
     if any(int(word) < _MAX_BATCH for word in options.chunks.split(",")):
         parser.error(f"--chunks {options.chunks}: a step takes {_MAX_BATCH} requests, so a chunk has at "
                      "least as many tokens")
+    ids = options.gpus.split(",")
+    if not all(word.isdecimal() for word in ids) or len(set(ids)) < len(ids):
+        parser.error(f"--gpus {options.gpus}: needed are different ids of GPUs, as 0,1")
+    options.groups = [",".join(ids[first : first + options.tp]) for first in range(0, len(ids), options.tp)]
+    if len(ids) % options.tp or (len(options.groups) > 1 and len(options.groups) % 2):
+        parser.error(f"--gpus {options.gpus} --tp {options.tp}: {len(ids)} GPUs are not an even number of "
+                     f"instances of {options.tp}, nor one")
     known = ("aggregated", "two", "disaggregated")
     if unknown := [name for name in options.layouts.split(",") if name not in known]:
         parser.error(f"{', '.join(unknown)}: layouts are {', '.join(known)}")
@@ -326,23 +337,32 @@ def layouts(options: argparse.Namespace, model: Path) -> list[Layout]:
 
     chunks = [int(word) for word in options.chunks.split(",")]
     budget = max(options.max_prompt if options.trace else options.prompt, *chunks)
+    shares = len(options.groups) == 1
+    groups = options.groups * 2 if shares else options.groups
+
+    def role(name: str, members: list[str]) -> dict[str, Any]:
+        return {name: f"{len(members)}xtp{options.tp}", f"{name}_device_ids": ";".join(members)}
+
     found = []
     for name in options.layouts.split(","):
         if name == "aggregated":
-            found += [Layout(f"aggregated, chunks of {chunk}", 2,
-                             config(1, chunk, aggregated=1, aggregated_device_ids="0")) for chunk in chunks]
+            found += [Layout(f"aggregated, chunks of {chunk}", 1 + options.tp,
+                             config(1, chunk, **role("aggregated", groups[:1]))) for chunk in chunks]
             continue
         if name == "two":
-            kinds = [(f"two aggregated, chunks of {chunk}",
-                      config(2, chunk, aggregated=2, aggregated_device_ids="0;0")) for chunk in chunks[:1]]
+            count = "two" if len(groups) == 2 else str(len(groups))
+            kinds = [(f"{count} aggregated, chunks of {chunk}",
+                      config(len(groups), chunk, **role("aggregated", groups))) for chunk in chunks[:1]]
         else:
-            kinds = [("disaggregated", config(2, min(budget, 4096), context=1, generation=1,
-                                              context_device_ids="0", generation_device_ids="0"))]
+            half = len(groups) // 2
+            kinds = [("disaggregated", config(
+                len(groups), min(budget, 4096), **role("context", groups[:half]),
+                **role("generation", groups[half:])))]
         for title, each in kinds:
-            if options.mps != "on":
-                found.append(Layout(title, 3, each))
-            if options.mps != "off":
-                found.append(Layout(f"{title}, MPS", 3, each, mps=True))
+            if options.mps != "on" or not shares:
+                found.append(Layout(title, 1 + options.tp * len(groups), each))
+            if options.mps != "off" and shares:
+                found.append(Layout(f"{title}, MPS", 1 + options.tp * len(groups), each, mps=True))
     return found
 
 
@@ -383,7 +403,8 @@ def run_layout(layout: Layout, options: argparse.Namespace, vocab: int, folder: 
     path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "PYTHONPATH": path}
     if options.device == "emulated":
-        env.setdefault("DISAGG_MPI_EMULATED_GPUS", "1x8GiB")
+        num_gpus = max(int(index) for index in options.gpus.split(",")) + 1
+        env.setdefault("DISAGG_MPI_EMULATED_GPUS", f"{num_gpus}x8GiB")
     figures: list[Figures] = []
 
     def look() -> None:
@@ -491,7 +512,8 @@ def main() -> None:
                 problems.append(problem)
                 results.add("failed", {"what": layout.name, "error": problem})
                 print(problem, flush=True)
-    note = (f"One GPU, {options.kv_tokens:,} tokens of KV-cache in all. ITL: between two tokens of a stream "
+    of = "One GPU" if "," not in options.gpus else f"GPUs {options.gpus}, instances of {options.tp}"
+    note = (f"{of}, {options.kv_tokens:,} tokens of KV-cache in all. ITL: between two tokens of a stream "
             "at rank 0; alone: before the first prompt came. TTFT: from when a prompt was to arrive. Late: "
             "without a first token when the load was over; their wait until then is their TTFT here.")
     if options.trace is not None:

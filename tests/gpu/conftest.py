@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).resolve().parent.parent
-sys.path += [str(TESTS), str(TESTS / "unit")]  # mpirun.py, cudacase.py
+sys.path += [str(TESTS), str(TESTS / "unit"), str(TESTS / "jobs")]  # mpirun.py, cudacase.py, serving_job.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,6 +41,17 @@ def test_streams_while_prompts_arrive(tmp_path: Path) -> None:
     assert "pay" in verdict.rpartition(": ")[2]
 
 
+def test_instances_on_gpus_of_their_own(tmp_path: Path) -> None:
+    done, found = run(tmp_path, "--layouts", "two,disaggregated", "--rates", "8", "--gpus", "0,1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert [each["layout"] for each in found["pays"]] == ["two aggregated, chunks of 64", "disaggregated"]
+    assert all(each["num_failed"] == 0 and each["num_prompts"] for each in found["pays"])
+    assert "GPUs 0,1, instances of 1" in done.stdout
+    odd = subprocess.run([sys.executable, SCRIPT, "--gpus", "0,1,2"], text=True, capture_output=True,
+                         check=False)
+    assert odd.returncode == 2 and "3 GPUs are not an even number of instances" in odd.stderr
+
+
 def test_a_trace_and_mps_that_is_not_there(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text("\n".join(

@@ -74,3 +74,13 @@ def test_without_a_gpu_they_say_so(command: tuple[str, ...]) -> None:
     done = subprocess.run(command, text=True, capture_output=True, timeout=100, check=False, cwd=ROOT)
     assert done.returncode == 2
     assert "found no CUDA device" in done.stderr and "--device emulated --tiny" in done.stderr
+
+
+def test_all_of_it_on_two_gpus_shares_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import gpu_all
+
+    lines = [" ".join(step.words) for step in gpu_all.steps(
+        ["handover", "pays"], None, None, emulated=False, gpus=["0", "1"])]
+    assert len(lines) == 3 and all("--gpus 0,1" in line for line in lines)
+    assert not any("--mps" in line for line in lines) and "--tp 2" in lines[-1]
