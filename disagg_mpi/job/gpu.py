@@ -11,10 +11,12 @@ All are collective over the world. Owners keep their allocations until every ran
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import gc
 import time
 from collections.abc import Iterator
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +85,7 @@ def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,
         return config.replace(device="cpu"), {}
 
     def look() -> list[Gpu]:
-        if comm.rank == ORCHESTRATOR_RANK:
+        if comm.rank == ORCHESTRATOR_RANK or (config.device == "auto" and not _torch_takes_gpus()):
             return []
         return emulated_gpus() if config.device == "emulated" else visible_gpus()
 
@@ -93,6 +95,13 @@ def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,
     if config.device == "auto":
         config = config.replace(device="cuda")
     return config, place_ranks(topology, hosts.of, hosts.names, seen)
+
+
+def _torch_takes_gpus() -> bool:
+    """As far as its version says, without importing it."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return not metadata.version("torch").endswith("+cpu")
+    return False
 
 
 def plan_devices(

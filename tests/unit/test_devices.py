@@ -16,6 +16,7 @@ from inprocess import replace
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ConfigError, LayoutError
 from disagg_mpi.gpus import Gpu
+from disagg_mpi.job import gpu
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import (
     RUNTIME_BYTES,
@@ -347,3 +348,11 @@ def test_the_fullest_gpu_decides() -> None:
     assert plan(sees="a").tokens < alone
     assert plan(sees="ab", free={1: 100 * GIB, 2: 8 * GIB}).tokens == alone
     assert plan(sees="ab", free={1: 8 * GIB, 2: 100 * GIB}).tokens == alone
+
+
+@pytest.mark.parametrize(("version", "takes"), [
+    ("2.11.0+cu130", True), ("2.11.0", True), ("2.13.0+cpu", False)])
+def test_auto_takes_no_gpus_for_a_torch_without_cuda(
+        monkeypatch: pytest.MonkeyPatch, version: str, takes: bool) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: version)
+    assert gpu._torch_takes_gpus() is takes

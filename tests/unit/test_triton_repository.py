@@ -125,6 +125,14 @@ def test_the_example_says_what_clients_send() -> None:
         "preprocessing", "disaggregated_serving_bls", "postprocessing"]
 
 
+def test_devices_that_it_names_are_gpus_where_there_are_any(repository: Copy) -> None:
+    assert plan_of(EXAMPLE).job.device == "auto"
+    assert plan_of(EXAMPLE, {"device": "cpu"}).job.device == "cpu"
+    for model in ("context", "generation"):
+        repository.set(model, gpu_device_ids="")
+    assert repository.plan().job.device == "cpu"
+
+
 def test_data_parallel_copies_as_in_the_guides_last_section(repository: Copy) -> None:
     repository.set("context", participant_ids="1,2;3,4", gpu_device_ids="0,1;2,3")
     repository.copies("context", 2)

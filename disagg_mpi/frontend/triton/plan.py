@@ -116,6 +116,8 @@ def plan_of(repository: Path, given: Mapping[str, Any] | None = None) -> ServePl
     ranked = {kind: model for kind, model in wiring.models.items() if kind.has_ranks}
     for kind, model in ranked.items():
         table |= _role_keys(kind, model, engines.get(model.file.name), given)
+    if given.get("engine", "torch") == "torch" and any(role_keys(kind.value)[-1] in table for kind in ranked):
+        table["device"] = "auto"  # whoever names devices means them, where there are any
     _limits(ranked, table, remarks)
     exclude = _larger("exclude_input_in_output", ranked,
                       lambda model: model.flag("exclude_input_in_output"), remarks)
