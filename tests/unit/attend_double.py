@@ -25,6 +25,7 @@ def attend_ones(
     group = heads // kv_heads
     assert grid[1:] == (kv_heads, parts)
     assert qkv.stride(0) == row_stride and qkv.stride(-1) == 1 and len(qkv) >= num_requests
+    assert qkv.dim() == 2 or qkv.stride(1) == dim, "a row's heads lie together"
     qkv = qkv.flatten(1)
     assert qkv.shape[1] >= (heads + 2 * kv_heads * turns) * dim
     assert (block_stride, token_stride, head_stride, 1) == keys.stride() == values.stride()

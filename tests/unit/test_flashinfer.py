@@ -18,6 +18,7 @@ from disagg_mpi.engine.gpu.attention import (
     SdpaAttention,
     make_attention,
 )
+from disagg_mpi.engine.gpu.buffers import blank_step
 from disagg_mpi.engine.gpu.device import HostDevice
 from disagg_mpi.engine.gpu.model import DeviceModel, head_shape
 from disagg_mpi.engine.gpu.operations import FlashInferOperations, Operations, TorchOperations
@@ -109,6 +110,22 @@ def test_every_step_is_told_what_it_needs(
     theirs = logits_of(make_stage(models[model], flashinfer=False, captures=False), prompts, 14)
     for ours, other in zip(mine, theirs, strict=True):
         assert (ours - other).norm() / other.norm() < 2e-2
+
+
+def test_queries_may_lie_head_by_head(models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As those of families whose layers are transformers' own may."""
+    flashinfer_double.install(monkeypatch)
+    stage = make_stage(models["llama"], flashinfer=True, captures=False)
+    step = stage._buffers.upload(blank_step(3, 0, BLOCKS * PAGE - PAGE, BLOCKS - 1))
+    attention = stage._attention
+    query, key, value = (torch.randn(3, heads, 64).bfloat16() for heads in (2, 1, 1))
+    apart = query.transpose(0, 1).contiguous().transpose(0, 1)
+    assert not apart.is_contiguous()
+    found = []
+    for each in (query, apart):
+        attention.begin(step)
+        found.append(attention.attend(0, each, key, value, scaling=0.125))
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize("beside", [0, 2])

@@ -140,8 +140,9 @@ class DeviceStage:
         """Load kernels and capture generation steps, on the scratch block; collective over the instance."""
         slot = self._scratch * self._page_size
         if self.model.is_first and self.model.is_last:
-            # Kernels differ by how many requests generate, and by whether a prompt is beside them.
-            for num_ones in (0, *_powers_of_two(self._most_chunks - 1)):
+            # Kernels differ by how many requests generate, and by whether a prompt is beside them. The most
+            # first: what they need is enough for fewer.
+            for num_ones in (*reversed(_powers_of_two(self._most_chunks - 1)), 0):
                 for num_tokens in (min(8, self._page_size), 0)[: 2 if num_ones else 1]:
                     self._logits(_blank_mixture(
                         num_ones, num_tokens, self._tables.nobody, self._scratch, self._page_size))

@@ -111,8 +111,11 @@ class FlashInferAttention:
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         num_ones = self._num_ones
         if num_ones:
+            # Some families' queries lie head by head; of ours a row's heads lie together.
+            ones = query[:num_ones]
+            ones = ones if ones.stride(1) == self._shape.head_dim else ones.contiguous()
             # Nothing is turned: the rotation's table is not read.
-            self._ones.attend(layer, query[:num_ones], step, self._workspace, turns=False, scaling=scaling,
+            self._ones.attend(layer, ones, step, self._workspace, turns=False, scaling=scaling,
                               window=window, out=out[:num_ones])
         if num_ones < len(query):
             self._prompts[window].run(query[num_ones:], planes, out=out[num_ones:])
