@@ -50,22 +50,18 @@ def steps(parts: list[str], folder: Path | None, trace: Path | None, emulated: b
     launch = ["-m", "disagg_mpi", "launch", "-n", "2"]
     small = ["--device", "emulated", "--tiny"] if emulated else []
     moved = ["--device", "cpu", "--size", "16MiB"] if emulated else ["--device", "cuda", "--busy"]
+    spread, ends = ["--gpus", ",".join(gpus)], ",".join((gpus * 2)[:2])
     every = {
         "engine": [Step("engine", [script("engine"), "--profile", *small, *kept("engine")], 900)],
-        "handover": [Step("handover", [*launch, *mps, "--", script("handover"), *moved], 300)
-                     for mps in ([], ["--mps"])],
-        "pays": [Step("pays", [script("pays"), *small, *kept("pays")], 1200)],
+        "handover": [Step("handover", [*launch, *mps, "--", script("handover"), *moved, "--gpus", ends], 300)
+                     for mps in ([[], ["--mps"]] if len(gpus) == 1 else [[]])],
+        "pays": [Step("pays", [script("pays"), *small, *spread, *kept("pays")], 1200)],
     }
-    spread: list[str] = []
     if len(gpus) > 1:
-        every["handover"] = [Step("handover", [*launch, "--", script("handover"), *moved, "--gpus",
-                                               ",".join(gpus[:2])], 300)]
-        spread = ["--gpus", ",".join(gpus)]
-        every["pays"] = [
-            Step("pays", [script("pays"), *small, *spread, *kept("pays")], 1200),
-            # One instance on all: its time between tokens, alone, against the floor of generation steps.
-            Step("pays", [script("pays"), *small, *spread, "--tp", str(len(gpus)), "--layouts", "aggregated",
-                          "--chunks", "2048", "--streams", "1,32", *kept("tp")], 600)]
+        # One instance on all: its time between tokens, alone, against the floor of generation steps.
+        every["pays"].append(Step("pays", [
+            script("pays"), *small, *spread, "--tp", str(len(gpus)), "--layouts", "aggregated", "--chunks",
+            "2048", "--streams", "1,32", *kept("tp")], 600))
     if trace is not None:
         every["pays"].append(Step(
             "pays", [script("pays"), *small, *spread, "--trace", str(trace), *kept("trace")], 1200))

@@ -196,7 +196,8 @@ class Rig:
             pool = DevicePool(self.memory, self.view, self.kv_dtype)
             model = DeviceModel(self.plan, ModelShard(), None, make_operations(self.device, self.dtype))
             attention = make_attention(
-                self.config.attention, self.device, pool, head_shape(self.plan), self.dtype)
+                self.config.attention, self.device, pool, head_shape(self.plan), self.dtype,
+                max_requests=self.config.max_batch_size)
         if not self.device.is_cuda:
             attention.can_capture = True  # a replay there is another run of the same Python
         with watch.part("stage made", done):

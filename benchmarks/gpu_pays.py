@@ -79,7 +79,8 @@ def arguments() -> argparse.Namespace:
     add("--tiny", action="store_true", help="a tiny model and short loads; no figure means anything")
     add("--layouts", default="aggregated,two,disaggregated", metavar="NAME,NAME")
     add("--mps", choices=["off", "on", "both"], default="both", help="for layouts of several ranks")
-    add("--gpus", default="0", metavar="ID,ID", help="to compute on; several are not shared")
+    add("--gpus", default="0", metavar="ID,ID",
+        help="to compute on; instances share them only where there are --tp of them")
     add("--tp", type=int, default=1, metavar="N", help="GPUs of an instance")
     add("--chunks", default="", metavar="N,N", help="token budgets of aggregated ranks; default 512,2048")
     add("--kv-tokens", type=int, default=0, metavar="N", help="of all ranks together; default 360448")
@@ -122,6 +123,8 @@ def arguments() -> argparse.Namespace:
     if len(ids) % options.tp or (len(options.groups) > 1 and len(options.groups) % 2):
         parser.error(f"--gpus {options.gpus} --tp {options.tp}: {len(ids)} GPUs are not an even number of "
                      f"instances of {options.tp}, nor one")
+    if options.mps == "on" and len(options.groups) > 1:
+        parser.error(f"--mps on: on --gpus {options.gpus} no two instances share a GPU")
     known = ("aggregated", "two", "disaggregated")
     if unknown := [name for name in options.layouts.split(",") if name not in known]:
         parser.error(f"{', '.join(unknown)}: layouts are {', '.join(known)}")
@@ -513,6 +516,8 @@ def main() -> None:
                 results.add("failed", {"what": layout.name, "error": problem})
                 print(problem, flush=True)
     of = "One GPU" if "," not in options.gpus else f"GPUs {options.gpus}, instances of {options.tp}"
+    if options.tp > 1 and len(options.groups) == 1:
+        of += ", which share them"
     note = (f"{of}, {options.kv_tokens:,} tokens of KV-cache in all. ITL: between two tokens of a stream "
             "at rank 0; alone: before the first prompt came. TTFT: from when a prompt was to arrive. Late: "
             "without a first token when the load was over; their wait until then is their TTFT here.")

@@ -107,7 +107,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     aggregated_engine_dir: str | None = None
     device: DeviceName = "cpu"
     """What ranks compute on. ``cuda``: a GPU for each rank, or several ranks on one where device ids or too
-    few GPUs say so. ``auto``: ``cuda`` if every host with instances has a GPU. ``emulated`` is for tests: the
+    few GPUs say so. ``auto``: ``cuda`` if every rank sees the GPU it is to have and torch is
+    built for CUDA. ``emulated`` is for tests: the
     engine for GPUs on the processor, with what :mod:`disagg_mpi.gpus` pretends is there."""
     dtype: DType | None = None
     """Of weights and computation; ``None``: fp32 on a processor, bf16 on a GPU."""

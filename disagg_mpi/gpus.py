@@ -6,10 +6,12 @@ variable ``DISAGG_MPI_EMULATED_GPUS`` (``2x8GiB``) pretends that there are some,
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
 from collections.abc import Mapping
+from importlib import metadata
 
 import msgspec
 
@@ -37,6 +39,13 @@ def host_has_gpus() -> bool:
         return bool(os.listdir(_KERNELS_LIST))
     except OSError:
         return False
+
+
+def torch_takes_gpus() -> bool:
+    """As far as its version says, without importing it."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return not metadata.version("torch").endswith("+cpu")
+    return False
 
 
 def visible_gpus() -> list[Gpu]:

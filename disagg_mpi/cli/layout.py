@@ -13,7 +13,7 @@ from disagg_mpi.cli.options import job_options, settings_of
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ModelError
 from disagg_mpi.executor.trtllm.engine_dir import read_engines
-from disagg_mpi.gpus import emulated_gpus, visible_gpus
+from disagg_mpi.gpus import emulated_gpus, torch_takes_gpus, visible_gpus
 from disagg_mpi.job.devices import place_ranks, plan_pools, positions_for, uses_of, wants_gpus
 from disagg_mpi.job.plan import MemoryPlan, available_bytes, plan_memory
 from disagg_mpi.model.checkpoint import ModelSpec
@@ -66,6 +66,8 @@ def _gpu_shares(config: JobConfig, topology: Topology, spec: ModelSpec) -> tuple
     As if nothing else was on them: what is free is known when the job starts.
     """
     gpus = emulated_gpus() if config.device == "emulated" else visible_gpus()
+    if config.device == "auto" and not torch_takes_gpus():
+        gpus = []
     seen = dict.fromkeys(range(topology.world_size), gpus)
     if config.device == "cpu" or not gpus or not wants_gpus(config, topology, seen):
         return config.replace(device="cpu") if config.device == "auto" else config, []

@@ -58,13 +58,15 @@ _JOB_OPTIONS = [
           ("device", f'Devices of the {role} instances, one for each rank: "0,1;0,1".'))),
     click.option("--device", type=click.Choice(["cpu", "cuda", "auto", "emulated"]), metavar="cpu|cuda|auto",
                  help="What ranks compute on. cuda: a GPU for each rank, in turn; several share one where "
-                      "there are too few, or device ids say so. auto: GPUs if every rank sees one. "
+                      "there are too few, or device ids say so. auto: GPUs if torch is built for them and "
+                      "every rank sees its. "
                       "[default: cpu]"),
     click.option("--gpu-memory", type=float, metavar="SHARE",
                  help="Share of what is free of a GPU's memory that the ranks on it may use together. "
                       "[default: 0.9]"),
     click.option("--attention", type=click.Choice(["auto", "flashinfer", "sdpa"]),
-                 help="Attention on GPUs: flashinfer's kernels, or torch's own, which are slower. "
+                 help="Attention on GPUs: flashinfer's kernels (and our own for generation), or torch's, "
+                      "which are slower. "
                       "[default: flashinfer if it is installed]"),
     click.option("--cuda-graphs/--no-cuda-graphs", default=None,
                  help="On GPUs, capture generation steps at the start and replay them. [default: on]"),

@@ -51,10 +51,14 @@ class DevicePlace(msgspec.Struct, frozen=True):
 
 
 def wants_gpus(config: JobConfig, topology: Topology, gpus: Mapping[int, Sequence[Gpu]]) -> bool:
-    """What ``auto`` comes to: GPUs if every engine rank sees one. ``gpus``: world rank → what it sees."""
+    """What ``auto`` comes to: GPUs if every engine rank sees one, or the one that its id names.
+
+    ``gpus``: world rank → what it sees.
+    """
     if config.device != "auto":
         return config.uses_gpus
-    return all(gpus[rank] for group in topology.groups for rank in group.ranks)
+    return all((group.device_of(rank) or 0) < len(gpus[rank])
+               for group in topology.groups for rank in group.ranks)
 
 
 def place_ranks(topology: Topology, host_of: Sequence[int], host_names: Sequence[str],

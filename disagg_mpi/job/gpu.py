@@ -11,12 +11,10 @@ All are collective over the world. Owners keep their allocations until every ran
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
 import time
 from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +23,7 @@ from disagg_mpi.comm.agree import together
 from disagg_mpi.comm.ucx import cuda_aware
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ConfigError
-from disagg_mpi.gpus import Gpu, emulated_gpus, visible_gpus
+from disagg_mpi.gpus import Gpu, emulated_gpus, torch_takes_gpus, visible_gpus
 from disagg_mpi.job.arrangement import Arrangement
 from disagg_mpi.job.devices import DevicePlace, place_ranks, plan_pools, positions_for, uses_of, wants_gpus
 from disagg_mpi.job.world import Hosts, World
@@ -85,7 +83,7 @@ def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,
         return config.replace(device="cpu"), {}
 
     def look() -> list[Gpu]:
-        if comm.rank == ORCHESTRATOR_RANK or (config.device == "auto" and not _torch_takes_gpus()):
+        if comm.rank == ORCHESTRATOR_RANK or (config.device == "auto" and not torch_takes_gpus()):
             return []
         return emulated_gpus() if config.device == "emulated" else visible_gpus()
 
@@ -95,13 +93,6 @@ def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,
     if config.device == "auto":
         config = config.replace(device="cuda")
     return config, place_ranks(topology, hosts.of, hosts.names, seen)
-
-
-def _torch_takes_gpus() -> bool:
-    """As far as its version says, without importing it."""
-    with contextlib.suppress(metadata.PackageNotFoundError):
-        return not metadata.version("torch").endswith("+cpu")
-    return False
 
 
 def plan_devices(
@@ -288,7 +279,7 @@ class _Loader:
         model = DeviceModel(self._plan, self._shard, self._collectives,
                             make_operations(device, DTYPES[config.compute_dtype]))
         attention = make_attention(config.attention, device, pool, head_shape(self._plan),
-                                   DTYPES[config.compute_dtype])
+                                   DTYPES[config.compute_dtype], max_requests=config.max_batch_size)
         can_capture = self._collectives is None or self._collectives.can_capture
         return DeviceStage(
             device, model, pool, attention, self._world.link,

@@ -267,11 +267,11 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     environment.check_world(environment.launcher_context(), comm.size)
     topology.check_world(comm.size)
     hosts = Hosts(comm)
-    if config.device == "cpu" and config.engine == "torch" and host_has_gpus():
-        tell("this host has GPUs, which are not used: --device cuda takes them")
     config, places = choose_devices(comm, config, topology, hosts)
     if places:
         tell(describe(places, hosts.names))
+    elif config.device == "cpu" and config.engine == "torch" and host_has_gpus():
+        tell("this host has GPUs, which are not used: --device cuda takes them, or says why it cannot")
     world = World(comm, topology, config, hosts, places)
     group = topology.group_of(world.rank)
     spec, path, memory, library = None, None, None, None

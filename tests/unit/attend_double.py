@@ -29,7 +29,7 @@ def attend_ones(
     qkv = qkv.flatten(1)
     assert qkv.shape[1] >= (heads + 2 * kv_heads * turns) * dim
     assert (block_stride, token_stride, head_stride, 1) == keys.stride() == values.stride()
-    assert out.is_contiguous() and least % tile == 0 and stages > 0 and overlaps
+    assert out.is_contiguous() and least % tile == 0 and stages > 0
     assert partial.numel() >= num_requests * kv_heads * parts * group * dim
     assert min(maxima.numel(), sums.numel()) >= num_requests * kv_heads * parts * group
     assert counters.numel() >= num_requests * kv_heads and not counters.any()
@@ -63,7 +63,7 @@ def attend_ones(
 
 class _Launched:
     def __getitem__(self, grid: tuple[int, int, int]) -> Any:
-        return lambda *arguments, num_warps, launch_pdl: attend_ones(grid, *arguments)
+        return lambda *arguments, num_warps: attend_ones(grid, *arguments)
 
 
 def module() -> types.ModuleType:

@@ -1,9 +1,8 @@
 """flashinfer's calls that the engine makes, on the processor: the same signatures, checks and results.
 
 Signatures and what an argument means are those of flashinfer 0.7.2's documentation. A call that the library
-would refuse, or that would read what it was not told, raises here: wrong types of indices, a captured wrapper
-of another size, indices on the host where a copy would wait for the device. :func:`install` puts it in the
-place of the library.
+would refuse, or that would read what it was not told, raises here: wrong types of indices, indices on the
+host where a copy would wait for the device. :func:`install` puts it in the place of the library.
 """
 
 from __future__ import annotations

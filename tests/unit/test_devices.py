@@ -15,8 +15,7 @@ from inprocess import replace
 
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ConfigError, LayoutError
-from disagg_mpi.gpus import Gpu
-from disagg_mpi.job import gpu
+from disagg_mpi.gpus import Gpu, torch_takes_gpus
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import (
     RUNTIME_BYTES,
@@ -355,4 +354,4 @@ def test_the_fullest_gpu_decides() -> None:
 def test_auto_takes_no_gpus_for_a_torch_without_cuda(
         monkeypatch: pytest.MonkeyPatch, version: str, takes: bool) -> None:
     monkeypatch.setattr("importlib.metadata.version", lambda name: version)
-    assert gpu._torch_takes_gpus() is takes
+    assert torch_takes_gpus() is takes

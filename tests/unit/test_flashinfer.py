@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from typing import Any
 
+import attend_double
 import flashinfer_double
 import pytest
 import torch
@@ -17,6 +20,7 @@ from disagg_mpi.engine.gpu.attention import (
     HeadShape,
     SdpaAttention,
     make_attention,
+    ones,
 )
 from disagg_mpi.engine.gpu.buffers import blank_step
 from disagg_mpi.engine.gpu.device import HostDevice
@@ -68,7 +72,7 @@ def make_stage(path: Path, *, flashinfer: bool, captures: bool) -> DeviceStage:
     pool = make_pool()
     attention: DeviceAttention = SdpaAttention(pool)
     if flashinfer:
-        attention = FlashInferAttention(device, pool, head_shape(plan))
+        attention = FlashInferAttention(device, pool, head_shape(plan), 4)
     stage = DeviceStage(
         device, DeviceModel(plan, ModelShard(), None, operations), pool, attention, None,
         lambda sources, targets: None, scratch=BLOCKS - 1, max_batch_size=4, max_num_tokens=32,
@@ -157,14 +161,47 @@ def test_captured_steps_read_the_next_requests_tables(
 def test_kernels_that_cannot_be_built_are_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
     shape = HeadShape(2, 1, 64, 0.125, [None])
     flashinfer_double.install(monkeypatch, cannot_build={"auto"})
-    attention = make_attention("auto", OnCuda(), make_pool(), shape, torch.bfloat16)
+    attention = make_attention("auto", OnCuda(), make_pool(), shape, torch.bfloat16, max_requests=4)
     assert isinstance(attention, FlashInferAttention)
     assert "fa2" in attention.name and "curand_kernel.h" in attention.name
     flashinfer_double.install(monkeypatch, cannot_build={"auto", "fa2"})
-    attention = make_attention("auto", OnCuda(), make_pool(), shape, torch.bfloat16)
+    attention = make_attention("auto", OnCuda(), make_pool(), shape, torch.bfloat16, max_requests=4)
     assert isinstance(attention, SdpaAttention) and "cannot be built here" in attention.name
     with pytest.raises(ModelError, match=r"its kernels cannot be built .*give --attention sdpa"):
-        make_attention("flashinfer", OnCuda(), make_pool(), shape, torch.bfloat16)
+        make_attention("flashinfer", OnCuda(), make_pool(), shape, torch.bfloat16, max_requests=4)
+
+
+def test_a_triton_that_cannot_build_is_done_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    flashinfer_double.install(monkeypatch)
+
+    class Refuses:
+        def __getitem__(self, grid: object) -> object:
+            raise NotImplementedError("no C compiler\nFailed to find C compiler")
+
+    monkeypatch.setattr(sys.modules["disagg_mpi.engine.gpu.kernels.attend"], "attend_ones", Refuses())
+    shape = HeadShape(2, 1, 64, 0.125, [None])
+    attention = make_attention("auto", OnCuda(), make_pool(), shape, torch.bfloat16, max_requests=4)
+    assert isinstance(attention, SdpaAttention)
+    assert "NotImplementedError of Triton's: Failed to find C compiler" in attention.name
+
+
+def test_all_kernels_of_generation_are_built_at_the_start(
+        models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever number of requests comes, alone or beside a prompt."""
+    flashinfer_double.install(monkeypatch)
+    launched: set[tuple[int, bool]] = set()
+    attend = attend_double.attend_ones
+
+    def note(grid: tuple[int, int, int], *arguments: Any) -> None:
+        launched.add((grid[2], arguments[-2]))
+        attend(grid, *arguments)
+
+    monkeypatch.setattr(attend_double, "attend_ones", note)
+    monkeypatch.setattr(ones, "_PROGRAMS", 8)  # so that few requests are split into as many kinds
+    monkeypatch.setattr(ones, "_FEWEST_PARTS", 1)
+    make_stage(models["llama"], flashinfer=True, captures=False)
+    # Beside a prompt there are three at most.
+    assert launched == {(8, True), (4, True), (2, True), (8, False), (4, False)}
 
 
 @pytest.mark.parametrize(("head_dim", "dtype", "why"), [
@@ -174,7 +211,7 @@ def test_what_it_cannot_do_is_known_beforehand(
     flashinfer_double.install(monkeypatch)
     shape = HeadShape(2, 1, head_dim, 0.1, [None])
     pool = make_pool(head_dim=head_dim, dtype=dtype)
-    assert why in make_attention("auto", OnCuda(), pool, shape, dtype).name
-    assert "(" not in make_attention("sdpa", OnCuda(), pool, shape, dtype).name
+    assert why in make_attention("auto", OnCuda(), pool, shape, dtype, max_requests=4).name
+    assert "(" not in make_attention("sdpa", OnCuda(), pool, shape, dtype, max_requests=4).name
     with pytest.raises(ModelError, match=why):
-        make_attention("flashinfer", OnCuda(), pool, shape, dtype)
+        make_attention("flashinfer", OnCuda(), pool, shape, dtype, max_requests=4)

@@ -77,7 +77,8 @@ class Rank:
         layout = KvLayout(kv.num_layers, kv.num_heads, HEAD_DIM, PER_BLOCK, NUM_BLOCKS + 1, kv_dtype)
         view = CacheView(0, 0, "own", 0, layout, kv.first_layer, kv.first_head, kv)
         self.pool = DevicePool(torch.zeros(layout.pool_bytes, dtype=torch.uint8), view, DTYPES[kv_dtype])
-        self.attention = make_attention("auto", device, self.pool, head_shape(self.plan), self.model.dtype)
+        self.attention = make_attention("auto", device, self.pool, head_shape(self.plan), self.model.dtype,
+                                        max_requests=8)
         self._buffers = StepBuffers(device, num_tokens=64, num_chunks=8, num_rows=64, num_pages=64)
 
     def step(self, arrays: StepArrays, hidden: torch.Tensor | None) -> torch.Tensor:
@@ -365,9 +366,10 @@ def test_flashinfer_is_refused_where_it_cannot_be(model_path: Any) -> None:
     [[rank]] = Ranks(model_path("llama"), 1, 1, 2).stages
     shape = head_shape(rank.plan)
     with pytest.raises(ModelError, match=r"--attention flashinfer: it needs CUDA"):
-        make_attention("flashinfer", HostDevice(), rank.pool, shape, torch.float32)
-    assert "it needs CUDA" in make_attention("auto", HostDevice(), rank.pool, shape, torch.float32).name
-    assert "slower" not in make_attention("sdpa", HostDevice(), rank.pool, shape, torch.float32).name
+        make_attention("flashinfer", HostDevice(), rank.pool, shape, torch.float32, max_requests=8)
+    names = [make_attention(name, HostDevice(), rank.pool, shape, torch.float32, max_requests=8).name
+             for name in ("auto", "sdpa")]
+    assert "it needs CUDA" in names[0] and "slower" not in names[1]
 
 
 # ---- what lies between the matrices ----

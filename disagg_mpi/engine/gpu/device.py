@@ -34,6 +34,8 @@ class Device(Protocol):
 
     place: torch.device
     is_cuda: bool
+    overlaps: bool
+    """Whether a kernel may begin before the one before it has ended (programmatic dependent launch)."""
 
     def free_bytes(self) -> int: ...
 
@@ -56,6 +58,10 @@ class Device(Protocol):
     def synchronize(self) -> None: ...
 
 
+OVERLAP_FROM = (9, 0)
+"""Compute capability from which launches may overlap: Hopper's."""
+
+
 class CudaDevice:
     """One GPU."""
 
@@ -64,6 +70,7 @@ class CudaDevice:
     def __init__(self, index: int) -> None:
         self.place = torch.device("cuda", index)
         torch.cuda.set_device(self.place)
+        self.overlaps = torch.cuda.get_device_capability(self.place) >= OVERLAP_FROM
         # The host waits for what goes here, so it goes before the rest of a step.
         self._side: Any = torch.cuda.Stream(self.place, priority=-1)  # type: ignore[no-untyped-call]
 
@@ -114,6 +121,7 @@ class HostDevice:
     """The processor, doing as a GPU does."""
 
     is_cuda = False
+    overlaps = False
 
     def __init__(self, free_bytes: int = 2**40) -> None:
         self.place = torch.device("cpu")

@@ -63,8 +63,10 @@ class DeviceModel:
         vocab = plan.config.vocab_size
         self._widths = [vocab * (i + 1) // shard.tp - vocab * i // shard.tp for i in range(shard.tp)]
         self._collectives = collectives if shard.tp > 1 else None
-        self._llama = LlamaSteps(plan.module, self._collectives, shard.is_last, operations) \
-            if FusedLlama.fits(plan.module) else None
+        self._llama = LlamaSteps(
+            plan.module, self._collectives, operations, is_last=self.is_last,
+            is_whole=self.is_first and self.is_last and shard.tp == 1,
+        ) if FusedLlama.fits(plan.module) else None
         if self._collectives is not None:
             tensor_parallel.connect(plan.module, plan.slices, self._collectives)
 
@@ -101,8 +103,9 @@ class DeviceModel:
 class LlamaSteps:
     """The layers of a stage, and its logits, for the Llama family."""
 
-    def __init__(self, model: nn.Module, collectives: DeviceCollectives | None, is_last: bool,
-                 operations: Operations) -> None:
+    def __init__(self, model: nn.Module, collectives: DeviceCollectives | None, operations: Operations, *,
+                 is_last: bool, is_whole: bool) -> None:
+        """``is_last`` of the stages; ``is_whole``: of one stage and one rank."""
         config: Any = model.config
         self._model: Any = model
         self._is_last = is_last
@@ -119,15 +122,14 @@ class LlamaSteps:
                      for a in (layer.self_attn for layer in self._layers)]
         self._gate_up = [_lying_together(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self._layers]
         self._rotary = _rotary_table(self._model, config.max_position_embeddings)
-        self._one_row = self._make_one_row() if collectives is None else None
+        self._one_row = self._make_one_row() if is_whole else None
 
     def _make_one_row(self) -> OneRow | None:
-        head = [self._model.lm_head] if self._is_last else []
+        head = self._model.lm_head
         outer = [each for layer in self._layers for each in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-        if not OneRow.fits([*self._qkv, *self._gate_up, *outer, *head]):
+        if not OneRow.fits([*self._qkv, *self._gate_up, *outer, head]):
             return None
-        norm = self._model.model.norm.weight if self._is_last else self._layers[0].input_layernorm.weight
-        return OneRow(self._qkv, self._gate_up, self._layers, norm, head[0] if head else None, self._eps)
+        return OneRow(self._qkv, self._gate_up, self._layers, self._model.model.norm.weight, head, self._eps)
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
                  attention: DeviceAttention) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """The layers of the Llama family for one token of one request: five launches a layer.
 
-Made by :class:`~disagg_mpi.engine.gpu.model.LlamaSteps` where it can be used: on a GPU with Triton, for a
-rank that has all heads, and weights in bf16 without biases.
+Made by :class:`~disagg_mpi.engine.gpu.model.LlamaSteps` where it can be used: for a rank that has the whole
+model, in bf16 and without biases, on a GPU whose launches overlap, with Triton.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from disagg_mpi.engine.gpu.device import OVERLAP_FROM
 
 Attend = Callable[[int, torch.Tensor], torch.Tensor]
 
@@ -26,8 +28,7 @@ class OneRow:
     """Callable as ``LlamaSteps`` is, with one row."""
 
     def __init__(self, qkv: Sequence[nn.Linear], gate_up: Sequence[nn.Linear], layers: Sequence[Any],
-                 final_norm: torch.Tensor, head: nn.Linear | None, eps: float) -> None:
-        """``head``: of the last stage."""
+                 final_norm: torch.Tensor, head: nn.Linear, eps: float) -> None:
         from disagg_mpi.engine.gpu.kernels.product import row_product
 
         self._kernel: Any = row_product
@@ -36,23 +37,22 @@ class OneRow:
 
     @staticmethod
     def fits(matrices: Sequence[nn.Linear]) -> bool:
-        """Whether the kernel takes all of these."""
+        """Whether the kernel takes all of these where they lie."""
+        weight = matrices[0].weight
+        if not weight.is_cuda or torch.cuda.get_device_capability(weight.device) < OVERLAP_FROM:
+            return False
         return importlib.util.find_spec("triton") is not None and all(
-            each.weight.is_cuda and each.weight.dtype is torch.bfloat16 and each.bias is None
-            and each.weight.is_contiguous() and not each.weight.shape[0] % 8
-            and not each.weight.shape[1] % 128 for each in matrices)
+            each.weight.dtype is torch.bfloat16 and each.bias is None and each.weight.is_contiguous()
+            and not each.weight.shape[0] % 8 and not each.weight.shape[1] % 128 for each in matrices)
 
     def __call__(self, hidden: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """Logits ``[1, vocabulary]``, or what the next stage gets; ``hidden`` ``[1, hidden_size]`` is
-        written."""
+        """Logits ``[1, vocabulary]``; ``hidden`` ``[1, hidden_size]`` is written."""
         for index, (layer, qkv, gate_up) in enumerate(
                 zip(self._layers, self._qkv, self._gate_up, strict=True)):
             attended = attend(index, self._product(hidden, qkv, norm=layer.input_layernorm.weight))
             self._product(attended, layer.self_attn.o_proj, out=hidden)
             gated = self._product(hidden, gate_up, norm=layer.post_attention_layernorm.weight, gated=True)
             self._product(gated, layer.mlp.down_proj, out=hidden)
-        if self._head is None:
-            return hidden
         return self._product(hidden, self._head, norm=self._final_norm)
 
     def _product(self, x: torch.Tensor, linear: nn.Linear, *, norm: torch.Tensor | None = None,

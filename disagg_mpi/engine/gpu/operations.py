@@ -2,7 +2,7 @@
 own.
 
 Both work in place where they can. flashinfer's take one launch each, and overlap with the kernel before them
-(programmatic dependent launch), which is most of what a generation step of one request can gain.
+(programmatic dependent launch). A generation step of one request can do without them (``one_row``).
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class DeviceStage:
         self._copy_blocks = copy_blocks
         self._scratch = scratch
         self._page_size = layout.tokens_per_block
-        self._most_chunks = min(max_batch_size, max_num_tokens - self._page_size)
+        self._max_batch_size, self._max_num_tokens = max_batch_size, max_num_tokens
         blocks_per_seat = min(layout.num_blocks, -(-max_model_len // self._page_size))
         self._tables = SeatTables(self.num_seats, blocks_per_seat, self._page_size, scratch)
         self._buffers = StepBuffers(
@@ -140,22 +140,29 @@ class DeviceStage:
         """Load kernels and capture generation steps, on the scratch block; collective over the instance."""
         slot = self._scratch * self._page_size
         if self.model.is_first and self.model.is_last:
-            # Kernels differ by how many requests generate, and by whether a prompt is beside them. The most
-            # first: what they need is enough for fewer.
-            for num_ones in (*reversed(_powers_of_two(self._most_chunks - 1)), 0):
-                for num_tokens in (min(8, self._page_size), 0)[: 2 if num_ones else 1]:
-                    self._logits(_blank_mixture(
-                        num_ones, num_tokens, self._tables.nobody, self._scratch, self._page_size))
+            for num_ones, num_tokens in self._mixtures():
+                self._logits(_blank_mixture(
+                    num_ones, num_tokens, self._tables.nobody, self._scratch, self._page_size))
             if self._graphs is not None:
                 self._graphs.capture(lambda size: self._work(
                     blank_step(size, self._tables.nobody, slot, self._scratch)))
         else:
-            self.run(Batch(0, [0], [(0, 1, [(slot, 1)])], [0]))
+            for num_ones, num_tokens in self._mixtures():
+                lengths = [1] * num_ones + [num_tokens] * (num_tokens > 0)
+                self.run(Batch(0, [0] * sum(lengths), [(0, length, [(slot, length)]) for length in lengths],
+                               [sum(lengths) - 1]))
         self._device.synchronize()
         if self._link is not None:
             self._link.barrier()
 
     # ---- inside ----
+
+    def _mixtures(self) -> list[tuple[int, int]]:
+        """Requests with one token, and tokens of a prompt beside them, of steps that need all kernels."""
+        prompt = min(8, self._page_size)
+        alone = self._attention.sizes(self._max_batch_size)
+        beside = self._attention.sizes(min(self._max_batch_size - 1, self._max_num_tokens - prompt))
+        return [*((size, 0) for size in alone), *((size, prompt) for size in beside), (0, prompt)]
 
     def _queue(self, step: PagedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that are drawn, and the logits to keep, on the device."""
@@ -181,13 +188,13 @@ class DeviceStage:
             self._attention.begin(step)
             return self._forward(step)
         step = self._buffers.upload(self._tables.padded(arrays, size))
-        self._attention.begin(step, captured=True)
+        self._attention.begin(step)
         return self._graphs.replay(size)[: arrays.num_chunks]
 
     def _work(self, arrays: StepArrays) -> Callable[[], torch.Tensor]:
         """A step to capture, ready to run."""
         step = self._buffers.upload(arrays)
-        self._attention.begin(step, captured=True)
+        self._attention.begin(step)
         result = self._captured[: arrays.num_chunks]
         return lambda: result.copy_(self._forward(step))
 
@@ -221,10 +228,6 @@ class DeviceStage:
         host = self._device.host_empty(*values.shape, dtype=values.dtype)
         host.copy_(values, non_blocking=True)
         return host
-
-
-def _powers_of_two(most: int) -> list[int]:
-    return [1 << power for power in range(max(0, most).bit_length())]
 
 
 def _blank_mixture(num_ones: int, num_tokens: int, seat: int, block: int, page_size: int) -> StepArrays:

@@ -23,9 +23,11 @@ __all__ = ["DeviceAttention", "DevicePool", "FlashInferAttention", "HeadShape", 
 
 
 def make_attention(
-    wanted: AttentionName, device: Device, pool: DevicePool, shape: HeadShape, dtype: torch.dtype
+    wanted: AttentionName, device: Device, pool: DevicePool, shape: HeadShape, dtype: torch.dtype, *,
+    max_requests: int
 ) -> DeviceAttention:
-    """The attention that was asked for, or the best there is. ``dtype``: of queries.
+    """The attention that was asked for, or the best there is, for so many requests in a step. ``dtype``: of
+    queries.
 
     Raises :class:`ModelError` if it is not there.
     """
@@ -34,7 +36,7 @@ def make_attention(
         return SdpaAttention(pool, missing if wanted == "auto" else "")
     if not missing:
         try:
-            return FlashInferAttention(device, pool, shape)
+            return FlashInferAttention(device, pool, shape, max_requests)
         except (RuntimeError, OSError) as error:
             missing = ("its kernels cannot be built here, which takes nvcc and ninja, or pip install "
                        f"flashinfer-jit-cache: {last_line(error)}")

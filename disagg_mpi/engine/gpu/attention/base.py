@@ -52,8 +52,13 @@ class DeviceAttention(Protocol):
     takes_unturned: bool
     """Whether :meth:`attend_unturned` may be called for the step that has begun."""
 
-    def begin(self, step: DeviceStep, *, captured: bool = False) -> None:
-        """The next calls of :meth:`attend` are of ``step``; ``captured``: by a replay, or to record one."""
+    def sizes(self, max_requests: int) -> list[int]:
+        """Numbers of requests with one token each, up to so many, that between them need all kernels there
+        are for such; the largest first."""
+        ...
+
+    def begin(self, step: DeviceStep) -> None:
+        """The next calls of :meth:`attend` are of ``step``; outside of what is captured."""
         ...
 
     def attend(
@@ -65,10 +70,10 @@ class DeviceAttention(Protocol):
         ...
 
     def attend_unturned(
-        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None,
-        window: int | None = None,
+        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None
     ) -> torch.Tensor:
-        """As :meth:`attend`, with the rotary position embedding of queries and keys before it.
+        """As :meth:`attend` in a layer without a window; first queries and keys get their rotary position
+        embedding.
 
         ``qkv`` ``[tokens, (heads + 2 kv_heads) * head_dim]``; ``rotary`` as :meth:`Operations.rotate` takes
         it. ``[tokens, heads * head_dim]``.

@@ -27,7 +27,10 @@ class SdpaAttention:
         self._table = torch.empty(0)
         self._seen: dict[int | None, torch.Tensor] = {}
 
-    def begin(self, step: DeviceStep, *, captured: bool = False) -> None:
+    def sizes(self, max_requests: int) -> list[int]:
+        return [1] if max_requests > 0 else []
+
+    def begin(self, step: DeviceStep) -> None:
         self._step = step
         self._slots = step.slots.long()
         self._seen = {}
@@ -65,7 +68,7 @@ class SdpaAttention:
         return out
 
     def attend_unturned(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *,
-                        scaling: float | None = None, window: int | None = None) -> torch.Tensor:
+                        scaling: float | None = None) -> torch.Tensor:
         raise NotImplementedError("see takes_unturned")
 
     def _attend_ones(self, step: DeviceStep, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,

@@ -26,29 +26,49 @@ _STAGES = 3
 _PROGRAMS = 2048
 _FEWEST_PARTS, _MOST_PARTS = 4, 32
 
+# Positions that a part has at least: where there are many pairs of request and KV head, there are programs
+# enough, and another part costs more than it reads sooner. With 8 KV heads and 1,024 positions this makes 16,
+# 4 and 1 parts for 1, 32 and 128 requests, the best numbers on an H200.
+_LEAST_POSITIONS = 2 * _TILE
+_LEAST_PER_PAIR = 1
+
 
 class OnesAttention:
     """One query a request, over its pages."""
 
-    def __init__(self, device: Device, pool: DevicePool, shape: HeadShape) -> None:
+    def __init__(self, device: Device, pool: DevicePool, shape: HeadShape, max_requests: int) -> None:
+        """Raises :class:`ImportError` for a Triton that is too old."""
         from disagg_mpi.engine.gpu.kernels.attend import attend_ones
 
         self._kernel: Any = attend_ones
         self._device = device
         self._pool = pool
         self._shape = shape
-        # Counters begin at zero and every launch leaves them so. What a captured step uses stays.
-        self._rooms: list[_Room] = []
-
-    def begin(self, num_requests: int) -> None:
-        """Have room for a step of so many; outside of what is captured."""
-        if self._rooms and self._rooms[-1].num_requests >= num_requests:
-            return
-        shape = self._shape
-        most = max(_PROGRAMS * 2, _FEWEST_PARTS * num_requests * shape.num_kv_heads)
         group = shape.num_heads // shape.num_kv_heads
-        self._rooms.append(_Room(most * group, num_requests * shape.num_kv_heads, shape.head_dim,
-                                 num_requests, self._device.place))
+        most_pairs = max_requests * shape.num_kv_heads
+        rows = group * max(pairs * num_parts(pairs) for pairs in range(
+            shape.num_kv_heads, most_pairs + 1, shape.num_kv_heads))
+        self._partial = torch.empty(rows, shape.head_dim, device=device.place)
+        self._maxima, self._sums = (torch.empty(rows, device=device.place) for _ in range(2))
+        # Every launch leaves them at zero.
+        self._counters = torch.zeros(most_pairs, dtype=torch.int32, device=device.place)
+
+    def sizes(self, max_requests: int) -> list[int]:
+        """Numbers of requests, up to so many, that all kernels between them are built for; descending."""
+        heads = self._shape.num_kv_heads
+        by_parts = {num_parts(count * heads): count for count in range(1, max_requests + 1)}
+        return sorted(by_parts.values(), reverse=True)
+
+    def try_it(self) -> None:
+        """One query over the pool's first page; raises what Triton raises where it cannot build that."""
+        shape, place = self._shape, self._device.place
+        query = torch.zeros(1, shape.num_heads, shape.head_dim, dtype=self._pool.dtype, device=place)
+        first = torch.zeros(1, dtype=torch.int32, device=place)
+        page_starts = torch.tensor([0, 1], dtype=torch.int32, device=place)
+        for window in shape.windows:
+            self._launch(0, query, self._partial, (first, first, page_starts), False, shape.scaling, window,
+                         torch.empty_like(query))
+        self._device.synchronize()
 
     def attend(self, layer: int, qkv: torch.Tensor, step: DeviceStep, rotary: torch.Tensor, *, turns: bool,
                scaling: float | None, window: int | None, out: torch.Tensor) -> None:
@@ -57,27 +77,25 @@ class OnesAttention:
         ``turns``: queries and keys of ``qkv`` ``[requests, (heads + 2 kv_heads) * head_dim]`` are not rotated
         yet, and the keys and values not in the pool. Otherwise its rows may be of queries alone.
         """
-        shape, room = self._shape, self._rooms[-1]
+        self._launch(layer, qkv, rotary, (step.positions, step.pages, step.page_starts), turns,
+                     self._shape.scaling if scaling is None else scaling, window, out)
+
+    def _launch(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, tables: tuple[torch.Tensor, ...],
+                turns: bool, scaling: float, window: int | None, out: torch.Tensor) -> None:
+        shape, device = self._shape, self._device
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         num_requests = len(out)
         pairs = num_requests * shape.num_kv_heads
         parts = num_parts(pairs)
-        scale = (shape.scaling if scaling is None else scaling) * math.log2(math.e)
+        least = max(_LEAST_POSITIONS, -(-_LEAST_PER_PAIR * pairs // _TILE) * _TILE)
+        options: dict[str, Any] = {"num_warps": _WARPS} if device.is_cuda else {}
+        if device.overlaps:
+            options["launch_pdl"] = True
         self._kernel[num_requests, shape.num_kv_heads, parts](
-            qkv, qkv.stride(0), out, keys, values, rotary, step.positions, step.pages, step.page_starts,
-            room.partial, room.maxima, room.sums, room.counters, *keys.stride()[:3], scale,
-            max(2 * _TILE, -(-pairs // _TILE) * _TILE), shape.num_heads, shape.num_kv_heads, shape.head_dim,
-            keys.shape[1], _TILE, parts, window or 0, _STAGES, turns, self._device.is_cuda,
-            **({"num_warps": _WARPS, "launch_pdl": True} if self._device.is_cuda else {}))
-
-
-class _Room:
-    def __init__(self, num_rows: int, num_counters: int, head_dim: int, num_requests: int,
-                 place: torch.device) -> None:
-        self.num_requests = num_requests
-        self.partial = torch.empty(num_rows, head_dim, device=place)
-        self.maxima, self.sums = (torch.empty(num_rows, device=place) for _ in range(2))
-        self.counters = torch.zeros(num_counters, dtype=torch.int32, device=place)
+            qkv, qkv.stride(0), out, keys, values, rotary, *tables, self._partial, self._maxima, self._sums,
+            self._counters, *keys.stride()[:3], scaling * math.log2(math.e), least, shape.num_heads,
+            shape.num_kv_heads, shape.head_dim, keys.shape[1], _TILE, parts, window or 0, _STAGES, turns,
+            device.overlaps, **options)
 
 
 def num_parts(pairs: int) -> int:

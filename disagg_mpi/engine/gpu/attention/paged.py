@@ -28,15 +28,18 @@ class FlashInferAttention:
 
     can_capture = True
 
-    def __init__(self, device: Device, pool: DevicePool, shape: HeadShape) -> None:
-        """Raises :class:`RuntimeError` or :class:`OSError` if its kernels cannot be built here."""
+    def __init__(self, device: Device, pool: DevicePool, shape: HeadShape, max_requests: int) -> None:
+        """``max_requests`` in a step.
+
+        Raises :class:`RuntimeError` or :class:`OSError` if its kernels cannot be built here.
+        """
         import flashinfer
 
         self._library: Any = flashinfer
         self._device = device
         self._pool = pool
         self._shape = shape
-        self._ones = OnesAttention(device, pool, shape)
+        self._ones = self._make_ones(max_requests)
         self._workspace = torch.zeros(_WORKSPACE_BYTES, dtype=torch.uint8, device=device.place)
         self._heads = (shape.num_heads, shape.num_kv_heads, shape.head_dim,
                        pool.view.layout.tokens_per_block)
@@ -46,10 +49,18 @@ class FlashInferAttention:
         self._step: DeviceStep | None = None
         # A plan is copied to the device from the wrapper's own host memory, which the next plan writes.
         self._planned: Mark | None = None
-        self.name = f"flashinfer{self._build()}"
+        self.name = f"flashinfer, and Triton's for generation{self._build()}"
+
+    def _make_ones(self, max_requests: int) -> OnesAttention:
+        try:
+            ones = OnesAttention(self._device, self._pool, self._shape, max_requests)
+            ones.try_it()
+        except Exception as error:  # Triton has many, and some name no cause
+            raise RuntimeError(f"{type(error).__name__} of Triton's: {last_line(error)}") from error
+        return ones
 
     def _build(self) -> str:
-        """Have all kernels built, by one query over the pool's first page; what must be said of them."""
+        """Have flashinfer's kernels built, by one query over the pool's first page; what must be said."""
         failed = ""
         for backend in _BACKENDS:
             self._prompts = {window: self._library.BatchPrefillWithPagedKVCacheWrapper(
@@ -78,14 +89,16 @@ class FlashInferAttention:
         return {"window_left": -1 if window is None else window - 1, "sm_scale": self._shape.scaling,
                 "q_data_type": self._pool.dtype, "kv_data_type": self._pool.dtype}
 
-    def begin(self, step: DeviceStep, *, captured: bool = False) -> None:
+    def sizes(self, max_requests: int) -> list[int]:
+        return self._ones.sizes(max_requests)
+
+    def begin(self, step: DeviceStep) -> None:
         self._step = step
         arrays, pinned = step.host, step.pinned
         # Generation comes first in a step. The kernels for prompts would work on 128 rows for each of its
         # ones, in every head, and read its KV-cache once a query head.
         self._num_ones = num_ones = int(np.argmin(np.append(np.diff(arrays.token_starts) == 1, False)))
         self.takes_unturned = num_ones == arrays.num_chunks
-        self._ones.begin(num_ones)
         if self.takes_unturned:
             return
         if self._planned is not None:
@@ -122,13 +135,12 @@ class FlashInferAttention:
         return out
 
     def attend_unturned(
-        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None,
-        window: int | None = None,
+        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None
     ) -> torch.Tensor:
         assert self._step is not None and self.takes_unturned
         out = torch.empty(len(qkv), self._shape.num_heads * self._shape.head_dim, dtype=qkv.dtype,
                           device=qkv.device)
-        self._ones.attend(layer, qkv, self._step, rotary, turns=True, scaling=scaling, window=window, out=out)
+        self._ones.attend(layer, qkv, self._step, rotary, turns=True, scaling=scaling, window=None, out=out)
         return out
 
 
