@@ -328,7 +328,7 @@ class Job:
         pool, host_pool = DevicePool(tensor, view, torch.float32), KvPool(memory, view)
         stage = DeviceStage(
             device, model, pool, SteadyAttention(pool) if config.cuda_graphs else make_attention(
-                "auto", device, pool, shape, torch.float32),
+                "auto", device, pool, shape, torch.float32, max_requests=config.max_batch_size),
             None, lambda sources, targets: host_pool.copy_blocks(list(sources), list(targets)),
             scratch=self.arrangement.scratch[group.instance_id], max_batch_size=config.max_batch_size,
             max_num_tokens=config.token_budget, max_model_len=self.spec.max_position_embeddings,
