@@ -23,11 +23,11 @@ from pathlib import Path
 import click
 
 from disagg_mpi.cli.relay import MARK_VARIABLE, SignalRelay
+from disagg_mpi.comm.cores import count_cores
 from disagg_mpi.comm.environment import (
     Family,
     LauncherContext,
     MpiInstall,
-    count_cores,
     detect_mpi,
     launcher_context,
 )

@@ -16,6 +16,7 @@ from typing import Literal
 import msgspec
 
 from disagg_mpi.comm import environment
+from disagg_mpi.comm.cores import count_cores
 from disagg_mpi.comm.environment import LauncherContext, MpiInstall
 from disagg_mpi.diagnostics.traps import TRAPS, Finding
 from disagg_mpi.errors import MpiError
@@ -75,7 +76,7 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
         hostname=platform.node(),
         boot_id=_boot_id(),
         python=f"{platform.python_version()} ({sys.executable})",
-        cores=environment.count_cores(),
+        cores=count_cores(),
         memory_total=_meminfo("MemTotal"),
         memory_available=_meminfo("MemAvailable"),
         shared_memory=_shared_memory(),

@@ -42,7 +42,7 @@ def compose(install: MpiInstall, num_ranks: int, command: Sequence[str],
             rank_environment: Mapping[str, str] | None = None) -> LaunchLine:
     """The line that starts ``command`` as ``num_ranks`` ranks.
 
-    ``cores`` are those of one host, as ``comm.environment.count_cores`` counts them. More ranks than
+    ``cores`` are those of one host, as ``comm.cores`` counts them. More ranks than
     that share them; ``oversubscribe`` lets them share also where it does not look so. ``extra_args``
     go to ``mpirun`` as they are, last, so that they win. ``environ`` and ``uid`` default to this
     process. ``ucx_folder``: of the UCX that ranks are to have in place of the MPI wheel's.

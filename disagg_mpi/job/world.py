@@ -138,7 +138,8 @@ class World:
         Rank 0 sleeps and is not counted. A rank that the launcher bound to cores of its own keeps
         those. Under Slurm what the user gave each task holds (``--cpus-per-task``).
         """
-        from disagg_mpi.comm.environment import count_cores, launcher_context
+        from disagg_mpi.comm.cores import count_cores
+        from disagg_mpi.comm.environment import launcher_context
 
         slurm = launcher_context().slurm
         if slurm is not None and slurm.cpus_per_task:

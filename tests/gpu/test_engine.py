@@ -115,8 +115,8 @@ def test_generation_turns_and_writes_its_keys(
     qkv = torch.randn(len(contexts), (num_heads + 2 * kv_heads) * dim, device=device.place).bfloat16()
     ours, theirs = FlashInferAttention(device, pool, shape, 64), SdpaAttention(other)
     ours.begin(step)
-    assert ours.takes_unturned
-    mine = [ours.attend_unturned(1, qkv, rotary) for _ in range(3)][-1]  # its counters are as before
+    assert ours.unturned is not None
+    mine = [ours.unturned(1, qkv, rotary) for _ in range(3)][-1]  # its counters are as before
     theirs.begin(step)
     query, key, value = torch.split(qkv.clone(), [num_heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     TorchOperations().rotate(query, key, step.positions, rotary)

@@ -4,24 +4,20 @@ in its interpreter."""
 from __future__ import annotations
 
 import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cudacase import Case, array_of, content
+from interpreter import INTERPRETS, in_the_first_run, run_again
 
 from disagg_mpi.transfer.cuda import kernels
 from disagg_mpi.transfer.cuda.gather import GatherTransport
 from disagg_mpi.transfer.layout import Box, CacheView, KvLayout
 from disagg_mpi.transfer.partition import KvShard
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
 # One launch takes as long as all its programs: the interpreter gets fewer and smaller cases.
 SEEDS = range(24) if INTERPRETS else range(200)
 
@@ -127,17 +123,12 @@ def test_what_is_not_in_the_shard_is_refused() -> None:
             transport.receive(view, blocks, blocks, box)
 
 
-@pytest.mark.skipif(INTERPRETS, reason="this is the other run")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@in_the_first_run
 def test_the_triton_kernel_does_the_same() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True,
-        text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_again(__file__)
 
 
-@pytest.mark.skipif(INTERPRETS, reason="compiled in the other run")
+@in_the_first_run
 @pytest.mark.parametrize("shape", [(True, 1, 4096), (False, 16, 256), (False, 128, 32)])
 def test_what_a_hopper_would_run(shape: tuple[bool, int, int]) -> None:
     """Compiled without a GPU: by loads of 16 bytes, all of a tile on their way before its first store."""

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from disagg_mpi.comm import environment
+from disagg_mpi.comm.cores import count_cores
 from disagg_mpi.comm.environment import LauncherContext, MpiInstall
 from disagg_mpi.errors import MpiError
 
@@ -183,4 +184,4 @@ def test_the_launcher_must_belong_to_the_library() -> None:
       for cpu in range(4)}, {0, 1, 2, 3}, 2),
 ])
 def test_cores(files: dict[str, str], cpus: set[int], cores: int) -> None:
-    assert environment.count_cores(lambda path: files.get(path, ""), cpus) == cores
+    assert count_cores(lambda path: files.get(path, ""), cpus) == cores

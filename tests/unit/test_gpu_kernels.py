@@ -3,18 +3,12 @@ Hopper without one."""
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import math
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+from interpreter import INTERPRETS, in_the_first_run, run_again
 
 if INTERPRETS:
     from attend_double import attend_ones as expected_attention
@@ -81,17 +75,12 @@ def test_a_row_is_multiplied(normed: bool, gated: bool, added: bool, width: int)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.skipif(INTERPRETS, reason="this is the other run")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@in_the_first_run
 def test_the_kernels_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=Path(__file__).parents[2], capture_output=True,
-        text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_again(__file__)
 
 
-@pytest.mark.skipif(INTERPRETS, reason="compiled in the other run")
+@in_the_first_run
 def test_what_a_hopper_would_run() -> None:
     """For Llama-3-8B's shape; the launch overlaps with the one before it."""
     pytest.importorskip("triton", minversion="3.4")

@@ -135,9 +135,9 @@ class LlamaSteps:
                  attention: DeviceAttention) -> torch.Tensor:
         """Logits ``[rows, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage."""
         operations, eps = self._operations, self._eps
-        if len(hidden) == 1 and self._one_row is not None and attention.takes_unturned and rows is None:
-            return self._one_row(hidden, lambda index, qkv: (
-                attention.attend_unturned(index, qkv, self._rotary, scaling=self._scaling)))
+        unturned = attention.unturned
+        if len(hidden) == 1 and self._one_row is not None and unturned is not None and rows is None:
+            return self._one_row(hidden, lambda index, qkv: unturned(index, qkv, self._rotary))
         residual = hidden
         normed = operations.norm(hidden, self._layers[0].input_layernorm.weight, eps)
         out = normed
@@ -158,8 +158,9 @@ class LlamaSteps:
 
     def _attend(self, index: int, qkv: torch.Tensor, positions: torch.Tensor,
                 attention: DeviceAttention) -> torch.Tensor:
-        if attention.takes_unturned:
-            return attention.attend_unturned(index, qkv, self._rotary, scaling=self._scaling)
+        unturned = attention.unturned
+        if unturned is not None:
+            return unturned(index, qkv, self._rotary)
         query, key, value = torch.split(qkv, [self._q, self._kv, self._kv], dim=-1)
         self._operations.rotate(query, key, positions, self._rotary)
         return attention.attend(index, *(x.view(len(x), -1, self._head_dim) for x in (query, key, value)),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -43,14 +43,18 @@ class DevicePool:
         """Per layer of the rank ``[blocks, tokens_per_block, num_heads, head_dim]``."""
 
 
+AttendUnturned = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer, qkv, rotary) → what :meth:`DeviceAttention.attend` gives, in a layer without a window; queries and
+keys get their rotary position embedding first. ``qkv`` ``[tokens, (heads + 2 kv_heads) * head_dim]``,
+``rotary`` as ``Operations.rotate`` takes it; ``[tokens, heads * head_dim]``."""
+
+
 class DeviceAttention(Protocol):
     """What layers attend with."""
 
     name: str
     can_capture: bool
     """Whether a step can be recorded and replayed with other requests."""
-    takes_unturned: bool
-    """Whether :meth:`attend_unturned` may be called for the step that has begun."""
 
     def sizes(self, max_requests: int) -> list[int]:
         """Numbers of requests with one token each, up to so many, that between them need all kernels there
@@ -69,13 +73,7 @@ class DeviceAttention(Protocol):
         ``[tokens, heads, head_dim]``."""
         ...
 
-    def attend_unturned(
-        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None
-    ) -> torch.Tensor:
-        """As :meth:`attend` in a layer without a window; first queries and keys get their rotary position
-        embedding.
-
-        ``qkv`` ``[tokens, (heads + 2 kv_heads) * head_dim]``; ``rotary`` as :meth:`Operations.rotate` takes
-        it. ``[tokens, heads * head_dim]``.
-        """
+    @property
+    def unturned(self) -> AttendUnturned | None:
+        """A shorter way through the layers of the step that has begun, where there is one."""
         ...

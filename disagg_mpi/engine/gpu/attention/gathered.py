@@ -14,7 +14,7 @@ class SdpaAttention:
     """torch's scaled dot product over gathered pages."""
 
     can_capture = False
-    takes_unturned = False
+    unturned = None
 
     def __init__(self, pool: DevicePool, instead: str = "") -> None:
         """``instead``: why flashinfer is not used."""
@@ -66,10 +66,6 @@ class SdpaAttention:
             out[first:end] = _sdpa(query[first:end].transpose(0, 1)[None], k.transpose(0, 1)[None],
                                    v.transpose(0, 1)[None], seen, scaling)[0].transpose(0, 1)
         return out
-
-    def attend_unturned(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *,
-                        scaling: float | None = None) -> torch.Tensor:
-        raise NotImplementedError("see takes_unturned")
 
     def _attend_ones(self, step: DeviceStep, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                      scaling: float | None, window: int | None) -> torch.Tensor:

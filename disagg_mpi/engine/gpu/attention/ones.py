@@ -30,7 +30,6 @@ _FEWEST_PARTS, _MOST_PARTS = 4, 32
 # enough, and another part costs more than it reads sooner. With 8 KV heads and 1,024 positions this makes 16,
 # 4 and 1 parts for 1, 32 and 128 requests, the best numbers on an H200.
 _LEAST_POSITIONS = 2 * _TILE
-_LEAST_PER_PAIR = 1
 
 
 class OnesAttention:
@@ -66,34 +65,33 @@ class OnesAttention:
         first = torch.zeros(1, dtype=torch.int32, device=place)
         page_starts = torch.tensor([0, 1], dtype=torch.int32, device=place)
         for window in shape.windows:
-            self._launch(0, query, self._partial, (first, first, page_starts), False, shape.scaling, window,
+            self._launch(0, query, self._partial, (first, first, page_starts), False, window,
                          torch.empty_like(query))
         self._device.synchronize()
 
     def attend(self, layer: int, qkv: torch.Tensor, step: DeviceStep, rotary: torch.Tensor, *, turns: bool,
-               scaling: float | None, window: int | None, out: torch.Tensor) -> None:
+               window: int | None, out: torch.Tensor) -> None:
         """Into ``out`` ``[requests, heads * head_dim]``, for the step's first chunks.
 
         ``turns``: queries and keys of ``qkv`` ``[requests, (heads + 2 kv_heads) * head_dim]`` are not rotated
         yet, and the keys and values not in the pool. Otherwise its rows may be of queries alone.
         """
-        self._launch(layer, qkv, rotary, (step.positions, step.pages, step.page_starts), turns,
-                     self._shape.scaling if scaling is None else scaling, window, out)
+        self._launch(layer, qkv, rotary, (step.positions, step.pages, step.page_starts), turns, window, out)
 
     def _launch(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, tables: tuple[torch.Tensor, ...],
-                turns: bool, scaling: float, window: int | None, out: torch.Tensor) -> None:
+                turns: bool, window: int | None, out: torch.Tensor) -> None:
         shape, device = self._shape, self._device
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         num_requests = len(out)
         pairs = num_requests * shape.num_kv_heads
         parts = num_parts(pairs)
-        least = max(_LEAST_POSITIONS, -(-_LEAST_PER_PAIR * pairs // _TILE) * _TILE)
+        least = max(_LEAST_POSITIONS, -(-pairs // _TILE) * _TILE)  # one for each pair
         options: dict[str, Any] = {"num_warps": _WARPS} if device.is_cuda else {}
         if device.overlaps:
             options["launch_pdl"] = True
         self._kernel[num_requests, shape.num_kv_heads, parts](
             qkv, qkv.stride(0), out, keys, values, rotary, *tables, self._partial, self._maxima, self._sums,
-            self._counters, *keys.stride()[:3], scaling * math.log2(math.e), least, shape.num_heads,
+            self._counters, *keys.stride()[:3], shape.scaling * math.log2(math.e), least, shape.num_heads,
             shape.num_kv_heads, shape.head_dim, keys.shape[1], _TILE, parts, window or 0, _STAGES, turns,
             device.overlaps, **options)
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from disagg_mpi.engine.gpu.attention.base import DevicePool, HeadShape
+from disagg_mpi.engine.gpu.attention.base import AttendUnturned, DevicePool, HeadShape
 from disagg_mpi.engine.gpu.attention.ones import OnesAttention
 from disagg_mpi.engine.gpu.buffers import DeviceStep
 from disagg_mpi.engine.gpu.device import Device, Mark
@@ -45,7 +45,6 @@ class FlashInferAttention:
                        pool.view.layout.tokens_per_block)
         self._prompts: dict[int | None, Any] = {}  # by window
         self._num_ones = 0  # the step's first chunks, which are one token each
-        self.takes_unturned = False
         self._step: DeviceStep | None = None
         # A plan is copied to the device from the wrapper's own host memory, which the next plan writes.
         self._planned: Mark | None = None
@@ -98,8 +97,7 @@ class FlashInferAttention:
         # Generation comes first in a step. The kernels for prompts would work on 128 rows for each of its
         # ones, in every head, and read its KV-cache once a query head.
         self._num_ones = num_ones = int(np.argmin(np.append(np.diff(arrays.token_starts) == 1, False)))
-        self.takes_unturned = num_ones == arrays.num_chunks
-        if self.takes_unturned:
+        if num_ones == arrays.num_chunks:
             return
         if self._planned is not None:
             self._planned.wait()
@@ -128,19 +126,22 @@ class FlashInferAttention:
             ones = query[:num_ones]
             ones = ones if ones.stride(1) == self._shape.head_dim else ones.contiguous()
             # Nothing is turned: the rotation's table is not read.
-            self._ones.attend(layer, ones, step, self._workspace, turns=False, scaling=scaling,
-                              window=window, out=out[:num_ones])
+            self._ones.attend(layer, ones, step, self._workspace, turns=False, window=window,
+                              out=out[:num_ones])
         if num_ones < len(query):
             self._prompts[window].run(query[num_ones:], planes, out=out[num_ones:])
         return out
 
-    def attend_unturned(
-        self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, *, scaling: float | None = None
-    ) -> torch.Tensor:
-        assert self._step is not None and self.takes_unturned
+    @property
+    def unturned(self) -> AttendUnturned | None:
+        is_generation = self._step is not None and self._num_ones == self._step.host.num_chunks
+        return self._attend_unturned if is_generation else None
+
+    def _attend_unturned(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+        assert self._step is not None  # or it was not given out
         out = torch.empty(len(qkv), self._shape.num_heads * self._shape.head_dim, dtype=qkv.dtype,
                           device=qkv.device)
-        self._ones.attend(layer, qkv, self._step, rotary, turns=True, scaling=scaling, window=None, out=out)
+        self._ones.attend(layer, qkv, self._step, rotary, turns=True, window=None, out=out)
         return out
 
 
