@@ -108,7 +108,7 @@ def place_ranks(topology: Topology, host_of: Sequence[int], host_names: Sequence
 
 
 def describe(places: Mapping[int, DevicePlace], host_names: Sequence[str]) -> str:
-    """``rank 1: 0 (NVIDIA H200), rank 2: 0, shared by 2``, a GPU once."""
+    """``ranks 1, 2 on GPU 0 (NVIDIA H200), which 2 ranks share``; a GPU once."""
     on: dict[tuple[int, str], list[DevicePlace]] = {}
     for place in places.values():
         on.setdefault((place.host, place.gpu.uuid), []).append(place)
