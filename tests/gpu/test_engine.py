@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from inprocess import VOCABULARY, save_tiny_model
 from mpirun import run_job
 
@@ -19,6 +20,7 @@ from disagg_mpi.engine.gpu.buffers import StepBuffers
 from disagg_mpi.engine.gpu.device import CudaDevice, Device
 from disagg_mpi.engine.gpu.model import DeviceModel, head_shape
 from disagg_mpi.engine.gpu.operations import FlashInferOperations, Operations, TorchOperations
+from disagg_mpi.engine.gpu.products import AllProducts
 from disagg_mpi.engine.gpu.sampler import draw
 from disagg_mpi.engine.gpu.stage import DeviceStage
 from disagg_mpi.engine.gpu.tables import SeatTables, StepArrays
@@ -112,11 +114,12 @@ def test_generation_turns_and_writes_its_keys(
     step = buffers.upload(arrays)
     shape = HeadShape(num_heads, kv_heads, dim, 0.125, [None])
     rotary = torch.rand(512, dim, device=device.place)
+    ahead = torch.empty(2**22, dtype=torch.uint8, device=device.place)
     qkv = torch.randn(len(contexts), (num_heads + 2 * kv_heads) * dim, device=device.place).bfloat16()
     ours, theirs = FlashInferAttention(device, pool, shape, 64), SdpaAttention(other)
     ours.begin(step)
     assert ours.unturned is not None
-    mine = [ours.unturned(1, qkv, rotary) for _ in range(3)][-1]  # its counters are as before
+    mine = [ours.unturned(1, qkv, rotary, ahead) for _ in range(3)][-1]  # its counters are as before
     theirs.begin(step)
     query, key, value = torch.split(qkv.clone(), [num_heads * dim, kv_heads * dim, kv_heads * dim], dim=-1)
     TorchOperations().rotate(query, key, step.positions, rotary)
@@ -218,12 +221,43 @@ def test_one_request_alone(device: CudaDevice, model_path: Path) -> None:
     pytest.importorskip("flashinfer", reason="pip install flashinfer-python")
     stage = make_stage(model_path, device, FlashInferOperations(), flashinfer=True, captures=True)
     plain = make_stage(model_path, device, TorchOperations(), flashinfer=False, captures=False)
-    assert stage.model._llama is not None and stage.model._llama._one_row is not None
+    assert stage.model._llama is not None and stage.model._llama.products is not None
+    assert stage.model.sizes == [1, 16, 32, 64, 128]
     prompt = [3, 14, 15, 92, 65, 35]
     mine, theirs = decode(stage, [prompt], 24), decode(plain, [prompt], 24)
     assert mine[0][:4] == theirs[0][:4]
     assert np.mean(np.array(mine) == np.array(theirs)) > 0.5
     assert decode(stage, [prompt], 24) == mine
+
+
+@pytest.mark.parametrize("num_rows", [1, 2, 8, 17, 33, 64, 100, 128])
+@pytest.mark.parametrize(("hidden_size", "inner_size"), [(512, 1024), (1024, 8448)])
+def test_products_of_generation_steps(
+        device: CudaDevice, num_rows: int, hidden_size: int, inner_size: int) -> None:
+    pytest.importorskip("triton")
+    torch.manual_seed(0)
+
+    def linear(columns: int, rows: int) -> torch.nn.Linear:
+        return torch.nn.Linear(columns, rows, bias=False, device=device.place, dtype=torch.bfloat16)
+
+    layer = (linear(hidden_size, 768), linear(hidden_size, hidden_size),
+             linear(hidden_size, 2 * inner_size), linear(inner_size, hidden_size))
+    head = linear(hidden_size, 1000)
+    assert AllProducts.fit([layer], head)
+    products = AllProducts([layer], head, 1e-5).of(num_rows)
+    assert products is not None
+    hidden = torch.randn(num_rows, hidden_size, device=device.place, dtype=torch.bfloat16)
+    norm = torch.rand(hidden_size, device=device.place, dtype=torch.bfloat16)
+    for _ in range(2):  # what is kept between launches is left as it was
+        normed = F.rms_norm(hidden.float(), (hidden_size,), norm.float(), 1e-5)
+        gate, up = (normed @ layer[2].weight.float().T).chunk(2, -1)
+        added = hidden.float() + (F.silu(gate) * up) @ layer[3].weight.float().T
+        logits = F.rms_norm(added, (hidden_size,), norm.float(), 1e-5) @ head.weight.float().T
+        gated = products.gated(hidden, norm, layer[2])
+        torch.testing.assert_close(gated.float(), F.silu(gate) * up, rtol=0.02, atol=0.02)
+        products.add(gated, layer[3], hidden)
+        torch.testing.assert_close(hidden.float(), added, rtol=0.02, atol=0.03)
+        torch.testing.assert_close(products.normed(hidden, norm, head).float(), logits, rtol=0.02, atol=0.03)
 
 
 def test_a_draw_is_the_processors(device: CudaDevice) -> None:

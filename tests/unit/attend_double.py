@@ -17,13 +17,13 @@ def attend_ones(
     grid: tuple[int, int, int], qkv: torch.Tensor, row_stride: int, out: torch.Tensor, keys: torch.Tensor,
     values: torch.Tensor, rotary: torch.Tensor, positions: torch.Tensor, pages: torch.Tensor,
     page_starts: torch.Tensor, partial: torch.Tensor, maxima: torch.Tensor, sums: torch.Tensor,
-    counters: torch.Tensor, block_stride: int, token_stride: int, head_stride: int, scale: float, least: int,
-    heads: int, kv_heads: int, dim: int, page: int, tile: int, parts: int, window: int, stages: int,
-    turns: bool, overlaps: bool,
+    counters: torch.Tensor, ahead: torch.Tensor, block_stride: int, token_stride: int, head_stride: int,
+    scale: float, least: int, heads: int, kv_heads: int, dim: int, page: int, tile: int, parts: int,
+    window: int, stages: int, turns: bool, overlaps: bool, asked: int,
 ) -> None:
     num_requests = grid[0]
     group = heads // kv_heads
-    assert grid[1:] == (kv_heads, parts)
+    assert grid[1:] == (kv_heads, parts) and not asked, "nothing overlaps here"
     assert qkv.stride(0) == row_stride and qkv.stride(-1) == 1 and len(qkv) >= num_requests
     assert qkv.dim() == 2 or qkv.stride(1) == dim, "a row's heads lie together"
     qkv = qkv.flatten(1)

@@ -193,7 +193,7 @@ def test_all_kernels_of_generation_are_built_at_the_start(
     attend = attend_double.attend_ones
 
     def note(grid: tuple[int, int, int], *arguments: Any) -> None:
-        launched.add((grid[2], arguments[-2]))
+        launched.add((grid[2], arguments[-3]))
         attend(grid, *arguments)
 
     monkeypatch.setattr(attend_double, "attend_ones", note)

@@ -8,7 +8,7 @@
 ``operations``  what lies between matrix products: flashinfer's, or torch's own
 ``weights``     one allocation for a rank's slice of the model, which ranks of one GPU share
 ``model``       the forward of a stage
-``one_row``     that of one token of one request
+``products``    its matrix products where a step only generates
 ``graphs``      generation steps, captured once a batch size
 ``sampler``     tokens from logits, on the device
 ``collectives`` sums over ranks of a stage: NCCL, or by way of the host

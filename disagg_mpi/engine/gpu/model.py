@@ -16,10 +16,10 @@ from torch import nn
 
 from disagg_mpi.engine import tensor_parallel
 from disagg_mpi.engine.fused import FusedLlama, joined
-from disagg_mpi.engine.gpu.attention import DeviceAttention, HeadShape
+from disagg_mpi.engine.gpu.attention import AttendUnturned, DeviceAttention, HeadShape
 from disagg_mpi.engine.gpu.collectives import DeviceCollectives
-from disagg_mpi.engine.gpu.one_row import OneRow
 from disagg_mpi.engine.gpu.operations import Operations
+from disagg_mpi.engine.gpu.products import AllProducts, Products
 from disagg_mpi.engine.tensor_parallel import ModelShard
 from disagg_mpi.engine.weights import DTYPES, ModelPlan
 from disagg_mpi.errors import ModelError
@@ -95,6 +95,12 @@ class DeviceModel:
                                     paged=attention)
         return output.last_hidden_state[0].contiguous()  # type: ignore[no-any-return]
 
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of requests with one token each that between them need all kernels there are for such."""
+        products = self._llama.products if self._llama is not None else None
+        return products.sizes if products is not None else []
+
     def whole(self, logits: torch.Tensor) -> torch.Tensor:
         """All ranks' slices of the logits, beside each other."""
         return logits if self._collectives is None else self._collectives.joined(logits, self._widths)
@@ -122,22 +128,22 @@ class LlamaSteps:
                      for a in (layer.self_attn for layer in self._layers)]
         self._gate_up = [_lying_together(layer.mlp.gate_proj, layer.mlp.up_proj) for layer in self._layers]
         self._rotary = _rotary_table(self._model, config.max_position_embeddings)
-        self._one_row = self._make_one_row() if is_whole else None
+        self.products = self._make_products() if is_whole else None
 
-    def _make_one_row(self) -> OneRow | None:
+    def _make_products(self) -> AllProducts | None:
+        layers = [(qkv, layer.self_attn.o_proj, gate_up, layer.mlp.down_proj)
+                  for qkv, layer, gate_up in zip(self._qkv, self._layers, self._gate_up, strict=True)]
         head = self._model.lm_head
-        outer = [each for layer in self._layers for each in (layer.self_attn.o_proj, layer.mlp.down_proj)]
-        if not OneRow.fits([*self._qkv, *self._gate_up, *outer, head]):
-            return None
-        return OneRow(self._qkv, self._gate_up, self._layers, self._model.model.norm.weight, head, self._eps)
+        return AllProducts(layers, head, self._eps) if AllProducts.fit(layers, head) else None
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
                  attention: DeviceAttention) -> torch.Tensor:
         """Logits ``[rows, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage."""
         operations, eps = self._operations, self._eps
         unturned = attention.unturned
-        if len(hidden) == 1 and self._one_row is not None and unturned is not None and rows is None:
-            return self._one_row(hidden, lambda index, qkv: unturned(index, qkv, self._rotary))
+        products = self.products.of(len(hidden)) if self.products is not None else None
+        if products is not None and unturned is not None and rows is None:
+            return self._generate(hidden, unturned, products)
         residual = hidden
         normed = operations.norm(hidden, self._layers[0].input_layernorm.weight, eps)
         out = normed
@@ -156,11 +162,21 @@ class LlamaSteps:
         last = residual + out if rows is None else residual[rows] + out[rows]
         return _linear(operations.norm(last, self._model.model.norm.weight, eps), self._model.lm_head)
 
+    def _generate(self, hidden: torch.Tensor, attend: AttendUnturned, products: Products) -> torch.Tensor:
+        """Logits of all rows; ``hidden`` is written."""
+        for index, layer in enumerate(self._layers):
+            output = layer.self_attn.o_proj
+            qkv = products.normed(hidden, layer.input_layernorm.weight, self._qkv[index])
+            products.add(attend(index, qkv, self._rotary, output.weight), output, hidden)
+            gated = products.gated(hidden, layer.post_attention_layernorm.weight, self._gate_up[index])
+            products.add(gated, layer.mlp.down_proj, hidden)
+        return products.normed(hidden, self._model.model.norm.weight, self._model.lm_head)
+
     def _attend(self, index: int, qkv: torch.Tensor, positions: torch.Tensor,
                 attention: DeviceAttention) -> torch.Tensor:
         unturned = attention.unturned
         if unturned is not None:
-            return unturned(index, qkv, self._rotary)
+            return unturned(index, qkv, self._rotary, None)
         query, key, value = torch.split(qkv, [self._q, self._kv, self._kv], dim=-1)
         self._operations.rotate(query, key, positions, self._rotary)
         return attention.attend(index, *(x.view(len(x), -1, self._head_dim) for x in (query, key, value)),

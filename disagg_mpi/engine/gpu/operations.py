@@ -2,7 +2,7 @@
 own.
 
 Both work in place where they can. flashinfer's take one launch each, and overlap with the kernel before them
-(programmatic dependent launch). A generation step of one request can do without them (``one_row``).
+(programmatic dependent launch). Generation steps can do without them (``products``).
 """
 
 from __future__ import annotations

@@ -160,7 +160,8 @@ class DeviceStage:
     def _mixtures(self) -> list[tuple[int, int]]:
         """Requests with one token, and tokens of a prompt beside them, of steps that need all kernels."""
         prompt = min(8, self._page_size)
-        alone = self._attention.sizes(self._max_batch_size)
+        alone = sorted({*self._attention.sizes(self._max_batch_size),
+                        *(size for size in self.model.sizes if size <= self._max_batch_size)}, reverse=True)
         beside = self._attention.sizes(min(self._max_batch_size - 1, self._max_num_tokens - prompt))
         return [*((size, 0) for size in alone), *((size, prompt) for size in beside), (0, prompt)]
 

@@ -12,14 +12,14 @@ import importlib.util
 import torch
 
 from disagg_mpi.config import AttentionName
-from disagg_mpi.engine.gpu.attention.base import DeviceAttention, DevicePool, HeadShape
+from disagg_mpi.engine.gpu.attention.base import AttendUnturned, DeviceAttention, DevicePool, HeadShape
 from disagg_mpi.engine.gpu.attention.gathered import SdpaAttention
 from disagg_mpi.engine.gpu.attention.paged import FlashInferAttention, last_line
 from disagg_mpi.engine.gpu.device import Device
 from disagg_mpi.errors import ModelError
 
-__all__ = ["DeviceAttention", "DevicePool", "FlashInferAttention", "HeadShape", "SdpaAttention",
-           "make_attention"]
+__all__ = ["AttendUnturned", "DeviceAttention", "DevicePool", "FlashInferAttention", "HeadShape",
+           "SdpaAttention", "make_attention"]
 
 
 def make_attention(

@@ -43,10 +43,11 @@ class DevicePool:
         """Per layer of the rank ``[blocks, tokens_per_block, num_heads, head_dim]``."""
 
 
-AttendUnturned = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(layer, qkv, rotary) → what :meth:`DeviceAttention.attend` gives, in a layer without a window; queries and
-keys get their rotary position embedding first. ``qkv`` ``[tokens, (heads + 2 kv_heads) * head_dim]``,
-``rotary`` as ``Operations.rotate`` takes it; ``[tokens, heads * head_dim]``."""
+AttendUnturned = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
+"""(layer, qkv, rotary, ahead) → what :meth:`DeviceAttention.attend` gives, in a layer without a window;
+queries and keys get their rotary position embedding first. ``qkv`` ``[tokens, (heads + 2 kv_heads) *
+head_dim]``, ``rotary`` as ``Operations.rotate`` takes it, ``ahead`` what will be read next, if it is known;
+``[tokens, heads * head_dim]``."""
 
 
 class DeviceAttention(Protocol):

@@ -27,9 +27,14 @@ _PROGRAMS = 2048
 _FEWEST_PARTS, _MOST_PARTS = 4, 32
 
 # Positions that a part has at least: where there are many pairs of request and KV head, there are programs
-# enough, and another part costs more than it reads sooner. With 8 KV heads and 1,024 positions this makes 16,
+# enough, and another part costs more than it reads sooner. With 8 KV heads and 1,024 positions this makes 32,
 # 4 and 1 parts for 1, 32 and 128 requests, the best numbers on an H200.
-_LEAST_POSITIONS = 2 * _TILE
+_LEAST_POSITIONS = _TILE
+
+# Of what is read after the attention of one request, so much is asked for beside it: its few short programs
+# leave the memory idle. More of it delays them, and with many requests there is no such time.
+_AHEAD_BYTES = 4 * 2**20
+_ASKED_BYTES = 64 * 2**10  # by one program
 
 
 class OnesAttention:
@@ -70,30 +75,37 @@ class OnesAttention:
         self._device.synchronize()
 
     def attend(self, layer: int, qkv: torch.Tensor, step: DeviceStep, rotary: torch.Tensor, *, turns: bool,
-               window: int | None, out: torch.Tensor) -> None:
+               window: int | None, out: torch.Tensor, ahead: torch.Tensor | None = None) -> None:
         """Into ``out`` ``[requests, heads * head_dim]``, for the step's first chunks.
 
         ``turns``: queries and keys of ``qkv`` ``[requests, (heads + 2 kv_heads) * head_dim]`` are not rotated
-        yet, and the keys and values not in the pool. Otherwise its rows may be of queries alone.
+        yet, and the keys and values not in the pool. Otherwise its rows may be of queries alone. ``ahead``
+        will be read next.
         """
-        self._launch(layer, qkv, rotary, (step.positions, step.pages, step.page_starts), turns, window, out)
+        self._launch(layer, qkv, rotary, (step.positions, step.pages, step.page_starts), turns, window, out,
+                     ahead)
 
     def _launch(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor, tables: tuple[torch.Tensor, ...],
-                turns: bool, window: int | None, out: torch.Tensor) -> None:
+                turns: bool, window: int | None, out: torch.Tensor,
+                ahead: torch.Tensor | None = None) -> None:
         shape, device = self._shape, self._device
         keys, values = self._pool.keys[layer], self._pool.values[layer]
         num_requests = len(out)
         pairs = num_requests * shape.num_kv_heads
         parts = num_parts(pairs)
         least = max(_LEAST_POSITIONS, -(-pairs // _TILE) * _TILE)  # one for each pair
+        asking = 0  # programs for each of the pairs
+        if ahead is not None and num_requests == 1 and device.overlaps:
+            asking = min(_AHEAD_BYTES, ahead.nbytes) // _ASKED_BYTES // pairs
         options: dict[str, Any] = {"num_warps": _WARPS} if device.is_cuda else {}
         if device.overlaps:
             options["launch_pdl"] = True
-        self._kernel[num_requests, shape.num_kv_heads, parts](
+        self._kernel[num_requests, shape.num_kv_heads, parts + asking](
             qkv, qkv.stride(0), out, keys, values, rotary, *tables, self._partial, self._maxima, self._sums,
-            self._counters, *keys.stride()[:3], shape.scaling * math.log2(math.e), least, shape.num_heads,
-            shape.num_kv_heads, shape.head_dim, keys.shape[1], _TILE, parts, window or 0, _STAGES, turns,
-            device.overlaps, **options)
+            self._counters, qkv if ahead is None else ahead, *keys.stride()[:3],
+            shape.scaling * math.log2(math.e), least, shape.num_heads, shape.num_kv_heads, shape.head_dim,
+            keys.shape[1], _TILE, parts, window or 0, _STAGES, turns, device.overlaps,
+            _ASKED_BYTES if asking else 0, **options)
 
 
 def num_parts(pairs: int) -> int:

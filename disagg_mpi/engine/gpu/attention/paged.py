@@ -137,11 +137,13 @@ class FlashInferAttention:
         is_generation = self._step is not None and self._num_ones == self._step.host.num_chunks
         return self._attend_unturned if is_generation else None
 
-    def _attend_unturned(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor) -> torch.Tensor:
+    def _attend_unturned(self, layer: int, qkv: torch.Tensor, rotary: torch.Tensor,
+                         ahead: torch.Tensor | None) -> torch.Tensor:
         assert self._step is not None  # or it was not given out
         out = torch.empty(len(qkv), self._shape.num_heads * self._shape.head_dim, dtype=qkv.dtype,
                           device=qkv.device)
-        self._ones.attend(layer, qkv, self._step, rotary, turns=True, window=None, out=out)
+        self._ones.attend(layer, qkv, self._step, rotary, turns=True, window=None, out=out,
+                          ahead=ahead)
         return out
 
 

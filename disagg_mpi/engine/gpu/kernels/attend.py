@@ -14,19 +14,29 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _ask_for(start, BYTES: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Have ``BYTES`` brought into the device's cache, 2 KiB by each thread."""
+    places = start + tl.arange(0, BYTES // 2048) * 2048
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], 2048; mov.u32 $0, 0;", "=r,l",
+        [places.to(tl.uint64, bitcast=True)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def attend_ones(  # type: ignore[no-untyped-def]
     qkv, row_stride, out, keys, values, rotary, positions, pages, page_starts, partial, partial_max,
-    partial_sum, counters, block_stride, token_stride, head_stride, scale, least,
+    partial_sum, counters, ahead, block_stride, token_stride, head_stride, scale, least,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, TILE: tl.constexpr,
     PARTS: tl.constexpr, WINDOW: tl.constexpr, STAGES: tl.constexpr, TURNS: tl.constexpr,
-    OVERLAPS: tl.constexpr,
+    OVERLAPS: tl.constexpr, ASKED: tl.constexpr,
 ):
     """Grid ``(requests, KV_HEADS, PARTS)``; a request has no more parts than leave each ``least`` positions.
 
     ``qkv`` ``[requests, (HEADS + 2 KV_HEADS) DIM]``, or without ``TURNS`` queries alone, turned, whose keys
     and values are in the pool; ``rotary`` fp32 ``[positions, DIM]``, cosines before sines; ``scale`` is of
     scores in base 2. ``partial`` fp32 ``[requests, KV_HEADS, PARTS, HEADS / KV_HEADS, DIM]``, its maxima and
-    sums without the last dimension; ``counters`` int32 ``[requests, KV_HEADS]``, zeros.
+    sums without the last dimension; ``counters`` int32 ``[requests, KV_HEADS]``, zeros. Programs beyond
+    ``PARTS`` ask for ``ASKED`` bytes each of ``ahead``, which the next launch will read.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
     ROWS: tl.constexpr = 16 if GROUP <= 16 else triton.next_power_of_2(GROUP)
@@ -34,6 +44,11 @@ def attend_ones(  # type: ignore[no-untyped-def]
     request, head, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if OVERLAPS:
         gdc_launch_dependents()
+    if ASKED > 0:  # noqa: SIM102 - known when it is built, the other is not
+        if part >= PARTS:
+            piece = ((part - PARTS) * KV_HEADS + head) * tl.num_programs(0) + request
+            _ask_for(ahead.to(tl.pointer_type(tl.int8), bitcast=True) + piece * ASKED, ASKED)
+    if OVERLAPS:
         gdc_wait()
     newest = tl.load(positions + request)
     first = 0

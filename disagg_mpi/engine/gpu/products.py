@@ -1,0 +1,204 @@
+"""The matrix products of generation steps of the Llama family, with the norms, activations and sums between.
+
+Made by :class:`~disagg_mpi.engine.gpu.model.LlamaSteps` where they can be used: for a rank that has the whole
+model, in bf16 and without biases, on a GPU of the data centre from Hopper on, with Triton. One row is
+multiplied by plain threads, a few by tensor cores; more than those are a library's affair.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from disagg_mpi.engine.gpu.device import OVERLAP_FROM
+
+# Shared memory that tiles of few rows take, of a Hopper's 227 KiB a program.
+_SHARED_BYTES = 192 * 2**10
+
+
+class Products(Protocol):
+    """Of rows ``[rows, columns]``; the residual ``hidden`` is written in place."""
+
+    def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        """``linear`` of the root mean square norm of ``hidden``, whose weight is ``norm``."""
+        ...
+
+    def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
+        """As :meth:`normed`, and then ``silu(first half) * second half``."""
+        ...
+
+    def add(self, x: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
+        """Add ``linear`` of ``x`` to ``hidden``."""
+        ...
+
+
+class AllProducts:
+    """Of every number of rows for which there is something faster than a library."""
+
+    def __init__(self, layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear, eps: float) -> None:
+        """``layers``: QKV, output, gate and up, down of each. They fit."""
+        self._one = OneRow(eps)
+        outer = [each for _, output, _, down in layers for each in (output, down)]
+        self._few = FewRows(eps, outer) if all(FewRows.fits(*layer) for layer in layers) else None
+        self._head = head
+
+    @staticmethod
+    def fit(layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear) -> bool:
+        """Whether kernels here take all of these where they lie."""
+        weight = head.weight
+        if not weight.is_cuda or importlib.util.find_spec("triton") is None:
+            return False
+        properties: Any = torch.cuda.get_device_properties(weight.device)
+        return ((properties.major, properties.minor) >= OVERLAP_FROM
+                and properties.shared_memory_per_block_optin >= _SHARED_BYTES
+                and all(OneRow.fits(each) for layer in layers for each in (*layer, head)))
+
+    @property
+    def sizes(self) -> list[int]:
+        """Numbers of rows that all kernels here are built for."""
+        return [1, 16, 32, 64, 128] if self._few is not None else [1]
+
+    def of(self, num_rows: int) -> Products | None:
+        """``None``: nothing here is faster."""
+        if num_rows == 1:
+            return self._one
+        return self._few if num_rows <= FewRows.most else None
+
+
+class OneRow:
+    """Five launches a layer, attention's included, which overlap."""
+
+    # Rows of a program, and the columns that it loads at once: of products with a norm before them, and of
+    # others. The best of those tried on an H200, where a second tile on its way was 6 % slower.
+    _NORMED_TILE = (2, 1024)
+    _PLAIN_TILE = (8, 1024)
+    _WARPS = 4
+
+    def __init__(self, eps: float) -> None:
+        from disagg_mpi.engine.gpu.kernels.product import row_product
+
+        self._kernel: Any = row_product
+        self._eps = eps
+
+    @staticmethod
+    def fits(linear: nn.Linear) -> bool:
+        weight = linear.weight
+        return (weight.dtype is torch.bfloat16 and linear.bias is None and weight.is_contiguous()
+                and not weight.shape[0] % 8 and not weight.shape[1] % 128)
+
+    def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        return self._product(hidden, linear.weight, norm=norm)
+
+    def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
+        return self._product(hidden, gate_up.weight, norm=norm, gated=True)
+
+    def add(self, x: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
+        self._product(x, linear.weight, out=hidden)
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, norm: torch.Tensor | None = None,
+                 gated: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Into a new row, or added to ``out``."""
+        num_columns = weight.shape[1]
+        num_rows = weight.shape[0] // 2 if gated else weight.shape[0]
+        rows, width = self._PLAIN_TILE if norm is None else self._NORMED_TILE
+        while num_columns % width:
+            width //= 2
+        target = torch.empty(1, num_rows, dtype=x.dtype, device=x.device) if out is None else out
+        self._kernel[num_rows // rows,](
+            x, weight, weight if norm is None else norm, self._eps, target, num_rows, num_columns, rows,
+            width, norm is not None, gated, out is not None, True, num_warps=self._WARPS, launch_pdl=True)
+        return target
+
+
+class Tiling(NamedTuple):
+    """How a product of few rows is shared out."""
+
+    most: int
+    """Rows of ``x`` that it has room for."""
+    rows: int
+    """Of the weights, in a tile."""
+    width: int
+    splits: int
+    stages: int
+    warps: int
+
+
+class FewRows:
+    """The norm, the activation's product and the sums' are ours; QKV and logits are the library's, which has
+    been as fast."""
+
+    most = 128
+    _ADDED_MOST = 64
+    """Rows from which the library's product is the faster one there too."""
+
+    def __init__(self, eps: float, added: Sequence[nn.Linear]) -> None:
+        """``added``: matrices of :meth:`add`."""
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        from disagg_mpi.engine.gpu.kernels.few import few_rows_product, norm_rows
+
+        self._descriptor: Any = TensorDescriptor
+        self._kernel: Any = few_rows_product
+        self._norm_kernel: Any = norm_rows
+        self._eps = eps
+        place = added[0].weight.device
+        shapes = [each.weight.shape for each in added]
+        most = max(rows * tiling(self._ADDED_MOST, columns, gated=False).splits for rows, columns in shapes)
+        self._partial = torch.empty(most * self._ADDED_MOST, device=place)
+        # Every launch leaves them at zero.
+        self._counters = torch.zeros(max(rows for rows, _ in shapes), dtype=torch.int32, device=place)
+
+    @staticmethod
+    def fits(qkv: nn.Linear, output: nn.Linear, gate_up: nn.Linear, down: nn.Linear) -> bool:
+        return not any(number % least for linear, least_ones in (
+            (output, (64, 256)), (gate_up, (256, 128)), (down, (64, 256)))
+            for number, least in zip(linear.weight.shape, least_ones, strict=True))
+
+    def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
+        return F.linear(self._norm(hidden, norm), linear.weight)
+
+    def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
+        out = torch.empty(len(hidden), len(gate_up.weight) // 2, dtype=hidden.dtype, device=hidden.device)
+        self._product(self._norm(hidden, norm), gate_up.weight, out, gated=True)
+        return out
+
+    def add(self, x: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
+        if len(x) <= self._ADDED_MOST:
+            self._product(x, linear.weight, hidden, gated=False)
+        else:
+            hidden.addmm_(x, linear.weight.t())
+
+    def _norm(self, hidden: torch.Tensor, norm: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(hidden)
+        num_columns = hidden.shape[1]
+        self._norm_kernel[len(hidden),](
+            hidden, norm, self._eps, out, num_columns, 1 << (num_columns - 1).bit_length(), True,
+            num_warps=8, launch_pdl=True)
+        return out
+
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gated: bool) -> None:
+        """Into ``out`` if ``gated``, or else added to it."""
+        num_members, num_columns = x.shape
+        num_rows = out.shape[1]
+        most, rows, width, splits, stages, warps = tiling(num_members, num_columns, gated=gated)
+        tiles = [self._descriptor.from_tensor(tensor, [height, width])
+                 for tensor, height in ((x, most), (weight, rows))]
+        self._kernel[num_rows // rows, splits](
+            *tiles, out, self._partial, self._counters, num_members, num_rows, num_columns, most, rows, width,
+            splits, stages, gated, not gated, True, num_warps=warps, launch_pdl=True)
+
+
+def tiling(num_members: int, num_columns: int, *, gated: bool) -> Tiling:
+    """After what was tried on an H200 with Llama-3-8B's shapes, at 8, 32, 64 and 128 rows: more splits, wider
+    tiles and prefetching into the cache before the wait were all slower."""
+    most = max(16, 1 << (num_members - 1).bit_length())
+    rows, width, warps = (64, 128, 4) if most <= 64 else (128, 64, 8)
+    splits = 2 if not gated and num_columns > 8192 else 1
+    stage_bytes = 2 * width * (most + (2 if gated else 1) * rows)
+    most_stages = 6 if most <= 64 else 3
+    return Tiling(most, rows, width, splits, min(most_stages, _SHARED_BYTES // stage_bytes), warps)
