@@ -79,6 +79,8 @@ def arguments() -> argparse.Namespace:
     add("--tiny", action="store_true", help="a tiny model and short loads; no figure means anything")
     add("--layouts", default="aggregated,two,disaggregated", metavar="NAME,NAME")
     add("--mps", choices=["off", "on", "both"], default="both", help="for layouts of several ranks")
+    add("--context-shares", default="1", metavar="S,S",
+        help="under MPS, shares of the GPU's processors that a context rank may take")
     add("--gpus", default="0", metavar="ID,ID",
         help="to compute on; instances share them only where there are --tp of them")
     add("--tp", type=int, default=1, metavar="N", help="GPUs of an instance")
@@ -119,6 +121,12 @@ def arguments() -> argparse.Namespace:
     ids = options.gpus.split(",")
     if not all(word.isdecimal() for word in ids) or len(set(ids)) < len(ids):
         parser.error(f"--gpus {options.gpus}: needed are different ids of GPUs, as 0,1")
+    try:
+        options.shares = [float(word) for word in options.context_shares.split(",")]
+    except ValueError:
+        options.shares = []
+    if not options.shares or not all(0 < share <= 1 for share in options.shares):
+        parser.error(f"--context-shares {options.context_shares}: needed are shares, as 1,0.6")
     options.groups = [",".join(ids[first : first + options.tp]) for first in range(0, len(ids), options.tp)]
     if len(ids) % options.tp or (len(options.groups) > 1 and len(options.groups) % 2):
         parser.error(f"--gpus {options.gpus} --tp {options.tp}: {len(ids)} GPUs are not an even number of "
@@ -362,10 +370,14 @@ def layouts(options: argparse.Namespace, model: Path) -> list[Layout]:
                 len(groups), min(budget, 4096), **role("context", groups[:half]),
                 **role("generation", groups[half:])))]
         for title, each in kinds:
+            num_ranks = 1 + options.tp * len(groups)
             if options.mps != "on" or not shares:
-                found.append(Layout(title, 1 + options.tp * len(groups), each))
+                found.append(Layout(title, num_ranks, each))
             if options.mps != "off" and shares:
-                found.append(Layout(f"{title}, MPS", 1 + options.tp * len(groups), each, mps=True))
+                for share in options.shares if name == "disaggregated" else [1.0]:
+                    limit = "" if share == 1 else f", contexts on {share:.0%}"
+                    found.append(Layout(f"{title}, MPS{limit}", num_ranks,
+                                        {**each, "context_gpu_share": share}, mps=True))
     return found
 
 

@@ -116,6 +116,9 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Type of the KV-cache; ``None``: the same as ``dtype``."""
     gpu_memory: float = 0.9
     """Share of what is free of a GPU's memory that the ranks on it may use together."""
+    context_gpu_share: float = 1.0
+    """Share of a GPU's processors that a context rank may take, under NVIDIA's MPS (``launch --mps``): the
+    rest is always there for the generation ranks beside it."""
     attention: AttentionName = "auto"
     """On GPUs. ``auto``: flashinfer where it is installed, else torch's own, which is slower, with a word."""
     cuda_graphs: bool = True
@@ -167,8 +170,10 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         for name in ("prefix_cache", "cuda_graphs"):
             if type(getattr(self, name)) is not bool:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; it is true or false")
-        if not (type(self.gpu_memory) in (float, int) and 0 < self.gpu_memory <= 1):
-            raise ConfigError(f"gpu_memory is {self.gpu_memory!r}; it is a share, above 0 and at most 1")
+        for name in ("gpu_memory", "context_gpu_share"):
+            value = getattr(self, name)
+            if not (type(value) in (float, int) and 0 < value <= 1):
+                raise ConfigError(f"{name} is {value!r}; it is a share, above 0 and at most 1")
         if not self.start_timeout > 0:
             raise ConfigError(f"start_timeout is {self.start_timeout}; it must be positive")
         if self.threads is not None and self.threads < 1:

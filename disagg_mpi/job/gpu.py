@@ -1,18 +1,21 @@
 """Builds one rank's part of an instance on a GPU: the device, pools and weights that ranks share, its stage.
 
-``choose_devices``  which GPU each rank gets, before the world is made
-``plan_devices``    each rank's device (torch is imported here, with its threads set), and what fits on all
-``make_pools``      who owns a pool allocates it, the others of its host open it
-``load_stage``      one rank of those with the same slice on a GPU reads it, the others open that too
+``limit_processors``  what MPS must be told of a rank, before MPI starts
+``choose_devices``    which GPU each rank gets, before the world is made
+``plan_devices``      each rank's device (torch is imported here, with its threads set), and what fits on all
+``make_pools``        who owns a pool allocates it, the others of its host open it
+``load_stage``        one rank of those with the same slice on a GPU reads it, the others open that too
 
-All are collective over the world. Owners keep their allocations until every rank of their host has let go
-(:meth:`GpuMemory.close`).
+All but the first are collective over the world. Owners keep their allocations until every rank of their host
+has let go (:meth:`GpuMemory.close`).
 """
 
 from __future__ import annotations
 
 import functools
 import gc
+import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,6 +27,7 @@ from disagg_mpi.comm.ucx import cuda_aware
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ConfigError
 from disagg_mpi.gpus import Gpu, emulated_gpus, torch_takes_gpus, visible_gpus
+from disagg_mpi.job import mps
 from disagg_mpi.job.arrangement import Arrangement
 from disagg_mpi.job.devices import DevicePlace, place_ranks, plan_pools, positions_for, uses_of, wants_gpus
 from disagg_mpi.job.world import Hosts, World
@@ -71,6 +75,24 @@ class GpuMemory:
         if self.weights is not None:
             unshare(self._world.host, self.weights)
         unshare(self._world.host, self.pools)
+
+
+def limit_processors(config: JobConfig, topology: Topology) -> None:
+    """Hold this process to its share of a GPU's processors, for MPS to see when CUDA is loaded: before MPI,
+    whose UCX does that.
+
+    Raises :class:`ConfigError` if MPI is there already.
+    """
+    if config.context_gpu_share == 1 or config.device == "cpu":
+        return
+    if "mpi4py.MPI" in sys.modules:
+        raise ConfigError(
+            f"context_gpu_share is {config.context_gpu_share:g}, which CUDA must learn before it is loaded, "
+            "and MPI loads it: import mpi4py.MPI after launch(), or leave context_gpu_share at 1 and set "
+            f"{mps.PERCENTAGE} for the context ranks")
+    group = topology.group_of(environment.launcher_context().rank or ORCHESTRATOR_RANK)
+    if group is not None and group.role is Role.CONTEXT:
+        os.environ.setdefault(mps.PERCENTAGE, f"{100 * config.context_gpu_share:g}")
 
 
 def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,

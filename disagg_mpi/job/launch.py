@@ -31,7 +31,7 @@ from disagg_mpi.gpus import host_has_gpus
 from disagg_mpi.job import guards
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import describe
-from disagg_mpi.job.gpu import choose_devices, in_words, plan_devices
+from disagg_mpi.job.gpu import choose_devices, in_words, limit_processors, plan_devices
 from disagg_mpi.job.gpu import load_stage as load_device_stage
 from disagg_mpi.job.instance import (
     RankMemory,
@@ -229,6 +229,7 @@ class _Job:
 @contextmanager
 def _job(config: JobConfig, progress: Progress | None) -> Iterator[_Job]:
     topology = build_topology(config)
+    limit_processors(config, topology)
     comm = start_mpi(wants_cuda=True if config.device == "cuda" else None)
     is_root = comm.rank == ORCHESTRATOR_RANK
     guards.install(comm, lambda: topology.label(comm.rank), is_root)

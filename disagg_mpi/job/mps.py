@@ -29,6 +29,9 @@ from pathlib import Path
 PROGRAM = "nvidia-cuda-mps-control"
 PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 
+# A client that has it when CUDA is loaded is held to so many hundredths of a GPU's processors.
+PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
+
 # It is up within tenths of a second, or not at all.
 _START_SECONDS = 15.0
 

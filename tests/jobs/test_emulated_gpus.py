@@ -148,6 +148,39 @@ def test_ranks_that_share_a_gpu_take_what_fits_together(
     job.assert_clean()
 
 
+SHARED = """
+import os, sys
+import disagg_mpi as dm
+found = None
+if sys.argv[2] == "early":
+    from mpi4py import MPI
+try:
+    with dm.launch(dm.JobConfig(model=sys.argv[1], device="emulated", kv_tokens=512, threads=1,
+                                context_gpu_share=0.6)):
+        pass
+except dm.ConfigError as error:
+    found = error
+from mpi4py import MPI
+print("rank", MPI.COMM_WORLD.rank, os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"), found, flush=True)
+"""
+
+
+@pytest.mark.parametrize(("when", "expected"), [
+    ("late", [r"rank 0 None None", r"rank 1 60 None", r"rank 2 None None"]),
+    ("early", [rf"rank {rank} None context_gpu_share is 0\.6, .*: import mpi4py\.MPI after launch"
+               for rank in range(3)]),
+])
+def test_a_context_rank_may_be_held_to_a_share_of_its_gpu(
+        tiny: Path, tmp_path: Path, when: str, expected: list[str]) -> None:
+    """By what MPS asks it for when CUDA is loaded, which MPI may do; the generation rank beside it is not."""
+    script = tmp_path / "job.py"
+    script.write_text(SHARED)
+    job = run_job(3, [str(script), str(tiny), when], timeout=60, env={"DISAGG_MPI_EMULATED_GPUS": "1x8GiB"})
+    assert job.returncode == 0, job.text
+    for each in expected:
+        assert re.search(each, job.stdout), job.text
+
+
 @pytest.mark.parametrize(("options", "message"), [
     ({"device": "cuda"}, r"LayoutError: context 0 is to compute on a GPU, and rank 1 on host .* sees none"),
     ({"more": ["--generation-device-ids", "7"]},

@@ -52,6 +52,7 @@ def toml(tmp_path: Path) -> Any:
     ({"context_participant_ids": 3}, "context_participant_ids is 3; it is text"),
     ({"generation_tokens_per_block": 0}, "generation_tokens_per_block is 0"),
     ({"reserved_output": 0}, "reserved_output is 0"),
+    ({"context_gpu_share": 0}, "context_gpu_share is 0; it is a share"),
     ({"overlap_tokens": 0}, "overlap_tokens is 0"),
     ({"local_context": -1}, "local_context is -1"),
     ({"local_context": "never"}, "local_context is 'never'; it is a number of tokens, 0 for never, or auto"),

@@ -81,12 +81,14 @@ def test_all_layouts_have_as_much_kv_cache(monkeypatch: pytest.MonkeyPatch) -> N
     from disagg_mpi.config import JobConfig
     from disagg_mpi.topology import build_topology
 
-    asked = options(monkeypatch)
+    asked = options(monkeypatch, "--context-shares", "1,0.6")
     found = gpu_pays.layouts(asked, Path("/model"))
     assert [(each.name, each.mps) for each in found] == [
         ("aggregated, chunks of 512", False), ("aggregated, chunks of 2048", False),
         ("two aggregated, chunks of 512", False), ("two aggregated, chunks of 512, MPS", True),
-        ("disaggregated", False), ("disaggregated, MPS", True)]
+        ("disaggregated", False), ("disaggregated, MPS", True),
+        ("disaggregated, MPS, contexts on 60%", True)]
+    assert [each.config.get("context_gpu_share", 1) for each in found[-3:]] == [1, 1, 0.6]
     for each in found:
         config = JobConfig(**each.config)
         topology = build_topology(config)
@@ -98,6 +100,8 @@ def test_all_layouts_have_as_much_kv_cache(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(("words", "said"), [
     (("--layouts", "aggregated,three"), "three: layouts are aggregated, two, disaggregated"),
     (("--chunks", "32"), "--chunks 32: a step takes 64 requests"),
+    (("--context-shares", "half"), "--context-shares half: needed are shares, as 1,0.6"),
+    (("--context-shares", "60"), "--context-shares 60: needed are shares, as 1,0.6"),
 ])
 def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
                         words: tuple[str, ...], said: str) -> None:
