@@ -32,6 +32,9 @@ PIPES, LOGS = "CUDA_MPS_PIPE_DIRECTORY", "CUDA_MPS_LOG_DIRECTORY"
 # A client that has it when CUDA is loaded is held to so many hundredths of a GPU's processors.
 PERCENTAGE = "CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"
 
+# Where CUDA looks for a daemon if nothing names its folder.
+_DEFAULT_PIPES = Path("/tmp/nvidia-mps")
+
 # It is up within tenths of a second, or not at all.
 _START_SECONDS = 15.0
 
@@ -66,6 +69,12 @@ class Mps:
 
 def environment_of(folder: Path) -> dict[str, str]:
     return {PIPES: str(folder / "pipe"), LOGS: str(folder / "log")}
+
+
+def seems_to_run(environ: Mapping[str, str] | None = None) -> bool:
+    """Whether CUDA would find a daemon's folder."""
+    env = os.environ if environ is None else environ
+    return bool(env.get(PIPES)) or _DEFAULT_PIPES.exists()
 
 
 def start(environ: Mapping[str, str] | None = None) -> Mps | str:

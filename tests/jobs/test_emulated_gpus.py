@@ -140,9 +140,10 @@ def ask(tiny: Path, tmp_path: Path) -> list[str]:
 def test_ranks_that_share_a_gpu_take_what_fits_together(
         ask: list[str], truth: list[list[int]], tmp_path: Path) -> None:
     """No size of the pools is given: both lie in one allocation as large as may be."""
-    job = run(*ask, "--check", gpus="1x4GiB")
+    job = run(*ask, "--check", "--context-gpu-share", "0.5", gpus="1x4GiB")
     assert job.returncode == 0, job.text
     assert "ranks 1, 2 on GPU 0 (emulated), which 2 ranks share" in job.stderr
+    assert job.stderr.count("context_gpu_share 0.5 has no effect: there is no MPS here") == 1
     assert json.loads((tmp_path / "out.jsonl").read_text())["token_ids"] == truth[0]
     assert "integrity: no block and no transfer is left over" in job.stderr
     job.assert_clean()

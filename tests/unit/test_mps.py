@@ -221,3 +221,11 @@ def test_variables_for_the_ranks(install: MpiInstall, words: tuple[str, ...]) ->
                    rank_environment={"NAME": "value"})
     assert line.argv[1:-1] == words
     assert ("NAME" in line.env) == (install.family == "unknown")
+
+
+def test_a_daemon_is_looked_for_where_cuda_does(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(mps, "_DEFAULT_PIPES", tmp_path / "nvidia-mps")
+    assert not mps.seems_to_run({})
+    assert mps.seems_to_run({mps.PIPES: "/elsewhere"})
+    (tmp_path / "nvidia-mps").mkdir()
+    assert mps.seems_to_run({})
