@@ -24,13 +24,8 @@ import click
 
 from disagg_mpi.cli.relay import MARK_VARIABLE, SignalRelay
 from disagg_mpi.comm.cores import count_cores
-from disagg_mpi.comm.environment import (
-    Family,
-    LauncherContext,
-    MpiInstall,
-    detect_mpi,
-    launcher_context,
-)
+from disagg_mpi.comm.environment import LauncherContext, launcher_context
+from disagg_mpi.comm.installs import Family, MpiInstall, detect_mpi
 from disagg_mpi.errors import DisaggError, MpiError, UsageError
 from disagg_mpi.job import mps as mps_service
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command, ucx_folder_for

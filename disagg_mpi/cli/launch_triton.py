@@ -20,7 +20,8 @@ import click
 from disagg_mpi.cli.launch import run_line, sigint_of, tell_line
 from disagg_mpi.cli.options import F, job_keys, job_options
 from disagg_mpi.comm.cores import count_cores
-from disagg_mpi.comm.environment import MpiInstall, detect_mpi, launcher_context
+from disagg_mpi.comm.environment import launcher_context
+from disagg_mpi.comm.installs import MpiInstall, detect_mpi
 from disagg_mpi.errors import ConfigError, DisaggError, InputError, WorldSizeError
 from disagg_mpi.frontend.triton.plan import ServePlan, plan_of
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command, ucx_folder_for

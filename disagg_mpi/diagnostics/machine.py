@@ -15,9 +15,10 @@ from typing import Literal
 
 import msgspec
 
-from disagg_mpi.comm import environment
+from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.cores import count_cores
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.diagnostics.traps import TRAPS, Finding
 from disagg_mpi.errors import MpiError
 from disagg_mpi.gpus import visible_gpus
@@ -65,7 +66,7 @@ def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:
     findings: list[Finding] = []
     install: MpiInstall | None = None
     try:
-        install = environment.detect_mpi()
+        install = installs.detect_mpi()
     except MpiError as error:
         # Under a cluster's srun there need not be any mpirun: the library alone is enough.
         level: Literal["stop", "note"] = "note" if context.launcher == "srun" else "stop"

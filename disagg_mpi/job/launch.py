@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from disagg_mpi.comm import environment
+from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.agree import from_root, together
 from disagg_mpi.comm.messages import Ready, Shutdown
 from disagg_mpi.comm.waiting import Waiter
@@ -82,12 +82,12 @@ def start_mpi(*, wants_cuda: bool | None = None) -> MPI.Intracomm:
     guards.before_mpi()
     environment.apply(wants_cuda=wants_cuda)
     # Only where a wheel says which MPI it is: asking mpirun would be a process for each rank.
-    install = environment.detect_mpi() if environment.find_wheels() else None
+    install = installs.detect_mpi() if installs.find_wheels() else None
     environment.check_launcher(install, environment.launcher_context())
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
-        environment.detect_mpi()  # says better what is missing
+        installs.detect_mpi()  # says better what is missing
         raise MpiError(f"mpi4py cannot load an MPI library: {error}; see "
                        "python -m disagg_mpi doctor") from None
     if MPI.Query_thread() < MPI.THREAD_MULTIPLE:

@@ -16,7 +16,8 @@ from pathlib import Path
 import msgspec
 
 from disagg_mpi.comm import ucx
-from disagg_mpi.comm.environment import FAMILY_NAMES, LauncherContext, MpiInstall, ucx_folder
+from disagg_mpi.comm.environment import LauncherContext, ucx_folder
+from disagg_mpi.comm.installs import FAMILY_NAMES, MpiInstall
 from disagg_mpi.errors import MpiError, UsageError
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 
-from disagg_mpi.comm.environment import detect_mpi
+from disagg_mpi.comm.installs import detect_mpi
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 EXAMPLES = ROOT / "examples" / "slurm"

