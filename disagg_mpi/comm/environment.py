@@ -1,10 +1,10 @@
 """Who started us, and what a rank must set before MPI starts.
 
-Everything here happens *before* ``MPI_Init``: this module never imports ``mpi4py.MPI`` and starts nothing. The
-functions are pure over an ``environ`` mapping; only :func:`apply` writes to it, once, on every rank, from
-``job.launch``, before ``from mpi4py import MPI`` and before torch is imported. ``job.mpirun`` sets what ``mpirun``
-itself must see; this module sets what only the ranks read, so a plain ``mpirun -n 3 python -m disagg_mpi …`` is
-as well set up as our own.
+Everything here happens *before* ``MPI_Init``: this module never imports ``mpi4py.MPI`` and starts nothing.
+The functions are pure over an ``environ`` mapping; only :func:`apply` writes to it, once, on every rank, from
+``job.launch``, before ``from mpi4py import MPI`` and before torch is imported. ``job.mpirun`` sets what
+``mpirun`` itself must see; this module sets what only the ranks read, so a plain ``mpirun -n 3 python -m
+disagg_mpi …`` is as well set up as our own.
 
 A variable that the user has set is never changed.
 """
