@@ -133,6 +133,8 @@ def arguments() -> argparse.Namespace:
                      f"instances of {options.tp}, nor one")
     if options.mps == "on" and len(options.groups) > 1:
         parser.error(f"--mps on: on --gpus {options.gpus} no two instances share a GPU")
+    if options.shares != [1.0] and (options.mps == "off" or len(options.groups) > 1):
+        parser.error(f"--context-shares {options.context_shares}: they are for ranks on one GPU under MPS")
     known = ("aggregated", "two", "disaggregated")
     if unknown := [name for name in options.layouts.split(",") if name not in known]:
         parser.error(f"{', '.join(unknown)}: layouts are {', '.join(known)}")

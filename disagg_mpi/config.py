@@ -52,6 +52,7 @@ DEFAULT_OVERLAP_TOKENS = 512
 # What only our own engine and hand-over know: TensorRT-LLM has it in its engines, or does it itself.
 NOT_OF_TENSORRT_LLM = {
     "device": "it runs on GPUs alone",
+    "context_gpu_share": "it is not told of it",
     "attention": "its kernels are its own",
     "weights": "an engine holds them",
     "dtype": "an engine is built for its type",
@@ -117,8 +118,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     gpu_memory: float = 0.9
     """Share of what is free of a GPU's memory that the ranks on it may use together."""
     context_gpu_share: float = 1.0
-    """Share of a GPU's processors that a context rank may take, under NVIDIA's MPS (``launch --mps``): the
-    rest is always there for the generation ranks beside it."""
+    """Share of a GPU's processors that each context rank may take, under NVIDIA's MPS (``launch --mps``):
+    with one of them on a GPU the rest is left to the ranks beside it. It lasts as long as the process."""
     attention: AttentionName = "auto"
     """On GPUs. ``auto``: flashinfer where it is installed, else torch's own, which is slower, with a word."""
     cuda_graphs: bool = True

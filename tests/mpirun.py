@@ -237,7 +237,8 @@ def mpi_family() -> str:
 
 def job_environment() -> dict[str, str]:
     """What mpirun needs on a small machine and in a container; ranks set the rest themselves."""
-    env = {**os.environ, "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("CUDA_MPS_")}
+    env = {**inherited, "PRTE_MCA_rmaps_default_mapping_policy": "slot:oversubscribe",
            "PRTE_MCA_hwloc_default_binding_policy": "none"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     if os.geteuid() == 0:

@@ -65,8 +65,8 @@ _JOB_OPTIONS = [
                  help="Share of what is free of a GPU's memory that the ranks on it may use together. "
                       "[default: 0.9]"),
     click.option("--context-gpu-share", type=float, metavar="SHARE",
-                 help="Share of a GPU's processors that a context rank may take, under launch --mps: the "
-                      "rest is always there for generation ranks beside it. [default: 1]"),
+                 help="Share of a GPU's processors that each context rank may take, under launch --mps: with "
+                      "one of them on a GPU the rest is left to those beside it. [default: 1]"),
     click.option("--attention", type=click.Choice(["auto", "flashinfer", "sdpa"]),
                  help="Attention on GPUs: flashinfer's kernels (and our own for generation), or torch's, "
                       "which are slower. "

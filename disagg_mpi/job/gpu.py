@@ -77,22 +77,47 @@ class GpuMemory:
         unshare(self._world.host, self.pools)
 
 
+_limited: tuple[float, frozenset[int]] | None = None
+"""The share that an earlier job of this process has set, and for which ranks: CUDA was asked once."""
+
+
 def limit_processors(config: JobConfig, topology: Topology) -> None:
     """Hold this process to its share of a GPU's processors, for MPS to see when CUDA is loaded: before MPI,
     whose UCX does that.
 
-    Raises :class:`ConfigError` if MPI is there already.
+    Raises :class:`ConfigError`, on all ranks alike, if that has happened and was not with the same shares.
     """
-    if config.context_gpu_share == 1 or config.device == "cpu":
+    global _limited
+    if config.device == "cpu":
         return
+    ranks = frozenset(rank for group in topology.groups if group.role is Role.CONTEXT for rank in group.ranks)
+    wanted = (config.context_gpu_share, ranks) if config.context_gpu_share < 1 and ranks else None
+    if wanted == _limited:
+        return
+    if _limited is not None:
+        raise ConfigError(
+            f"an earlier job of this process held ranks {', '.join(map(str, sorted(_limited[1])))} to "
+            f"context_gpu_share {_limited[0]:g}, which lasts as long as the process: give this one the same, "
+            "or a process of its own")
     if "mpi4py.MPI" in sys.modules:
         raise ConfigError(
             f"context_gpu_share is {config.context_gpu_share:g}, which CUDA must learn before it is loaded, "
-            "and MPI loads it: import mpi4py.MPI after launch(), or leave context_gpu_share at 1 and set "
-            f"{mps.PERCENTAGE} for the context ranks")
-    group = topology.group_of(environment.launcher_context().rank or ORCHESTRATOR_RANK)
-    if group is not None and group.role is Role.CONTEXT:
+            "and MPI loads it: import mpi4py.MPI after the first launch(), or leave context_gpu_share at 1 "
+            f"and set {mps.PERCENTAGE} for the context ranks")
+    _limited = wanted
+    if environment.launcher_context().rank in ranks:
         os.environ.setdefault(mps.PERCENTAGE, f"{100 * config.context_gpu_share:g}")
+
+
+def why_unlimited() -> str:
+    """For rank 0, which is never limited: why context ranks are not held to a share, if so."""
+    if not mps.seems_to_run():
+        return "there is no MPS here, which launch --mps starts"
+    if mps.PERCENTAGE in os.environ:
+        return f"{mps.PERCENTAGE} is set for all ranks"
+    if environment.launcher_context().rank is None:
+        return f"this launcher does not say which rank a process is; set {mps.PERCENTAGE} for context ranks"
+    return ""
 
 
 def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,

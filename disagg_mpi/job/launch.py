@@ -28,10 +28,10 @@ from disagg_mpi.executor.base import Executor
 from disagg_mpi.executor.follower import FollowerService
 from disagg_mpi.executor.service import LeaderService
 from disagg_mpi.gpus import host_has_gpus
-from disagg_mpi.job import guards, mps
+from disagg_mpi.job import guards
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import describe
-from disagg_mpi.job.gpu import choose_devices, in_words, limit_processors, plan_devices
+from disagg_mpi.job.gpu import choose_devices, in_words, limit_processors, plan_devices, why_unlimited
 from disagg_mpi.job.gpu import load_stage as load_device_stage
 from disagg_mpi.job.instance import (
     RankMemory,
@@ -271,9 +271,8 @@ def _start(config: JobConfig, topology: Topology, comm: MPI.Intracomm, tell: Pro
     config, places = choose_devices(comm, config, topology, hosts)
     if places:
         tell(describe(places, hosts.names))
-        if config.context_gpu_share < 1 and not mps.seems_to_run():
-            tell(f"context_gpu_share {config.context_gpu_share:g} has no effect: there is no MPS here, which "
-                 "launch --mps starts")
+        if config.context_gpu_share < 1 and (why := why_unlimited()):
+            tell(f"context_gpu_share {config.context_gpu_share:g} has no effect: {why}")
     elif config.device == "cpu" and config.engine == "torch" and host_has_gpus():
         tell("this host has GPUs, which are not used: --device cuda takes them, or says why it cannot")
     world = World(comm, topology, config, hosts, places)

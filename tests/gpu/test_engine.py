@@ -244,7 +244,7 @@ def test_products_of_generation_steps(
              linear(hidden_size, 2 * inner_size), linear(inner_size, hidden_size))
     head = linear(hidden_size, 1000)
     assert AllProducts.fit([layer], head)
-    products = AllProducts([layer], head, 1e-5).of(num_rows)
+    products = AllProducts([layer], 1e-5).of(num_rows)
     assert products is not None
     hidden = torch.randn(num_rows, hidden_size, device=device.place, dtype=torch.bfloat16)
     norm = torch.rand(hidden_size, device=device.place, dtype=torch.bfloat16)

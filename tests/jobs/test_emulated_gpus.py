@@ -143,7 +143,8 @@ def test_ranks_that_share_a_gpu_take_what_fits_together(
     job = run(*ask, "--check", "--context-gpu-share", "0.5", gpus="1x4GiB")
     assert job.returncode == 0, job.text
     assert "ranks 1, 2 on GPU 0 (emulated), which 2 ranks share" in job.stderr
-    assert job.stderr.count("context_gpu_share 0.5 has no effect: there is no MPS here") == 1
+    if not Path("/tmp/nvidia-mps").exists():  # or a daemon of this host's may run
+        assert job.stderr.count("context_gpu_share 0.5 has no effect: there is no MPS here") == 1
     assert json.loads((tmp_path / "out.jsonl").read_text())["token_ids"] == truth[0]
     assert "integrity: no block and no transfer is left over" in job.stderr
     job.assert_clean()
@@ -152,13 +153,15 @@ def test_ranks_that_share_a_gpu_take_what_fits_together(
 SHARED = """
 import os, sys
 import disagg_mpi as dm
-found = None
-if sys.argv[2] == "early":
+model, when = sys.argv[1:]
+config = dm.JobConfig(model=model, device="emulated", kv_tokens=512, threads=1, context_gpu_share=0.6)
+if when == "early":
     from mpi4py import MPI
+found = None
 try:
-    with dm.launch(dm.JobConfig(model=sys.argv[1], device="emulated", kv_tokens=512, threads=1,
-                                context_gpu_share=0.6)):
-        pass
+    for each in (config, config.replace(prefix_cache=False), config.replace(context_gpu_share=0.5)):
+        with dm.launch(each):
+            pass
 except dm.ConfigError as error:
     found = error
 from mpi4py import MPI
@@ -166,20 +169,20 @@ print("rank", MPI.COMM_WORLD.rank, os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCEN
 """
 
 
-@pytest.mark.parametrize(("when", "expected"), [
-    ("late", [r"rank 0 None None", r"rank 1 60 None", r"rank 2 None None"]),
-    ("early", [rf"rank {rank} None context_gpu_share is 0\.6, .*: import mpi4py\.MPI after launch"
-               for rank in range(3)]),
+@pytest.mark.parametrize(("when", "percentages", "error"), [
+    ("late", ["None", "60", "None"], r"an earlier job of this process held ranks 1 to .* 0\.6"),
+    ("early", ["None"] * 3, r"context_gpu_share is 0\.6, .*: import mpi4py\.MPI after the first launch"),
 ])
 def test_a_context_rank_may_be_held_to_a_share_of_its_gpu(
-        tiny: Path, tmp_path: Path, when: str, expected: list[str]) -> None:
-    """By what MPS asks it for when CUDA is loaded, which MPI may do; the generation rank beside it is not."""
+        tiny: Path, tmp_path: Path, when: str, percentages: list[str], error: str) -> None:
+    """By what MPS asks it for when CUDA is loaded, which MPI may do; the generation rank beside it is not. A
+    second job of these processes has the same share or none."""
     script = tmp_path / "job.py"
     script.write_text(SHARED)
     job = run_job(3, [str(script), str(tiny), when], timeout=60, env={"DISAGG_MPI_EMULATED_GPUS": "1x8GiB"})
     assert job.returncode == 0, job.text
-    for each in expected:
-        assert re.search(each, job.stdout), job.text
+    for rank, percentage in enumerate(percentages):
+        assert re.search(f"rank {rank} {percentage} {error}", job.stdout), job.text
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -144,7 +144,7 @@ def test_what_a_hopper_would_run() -> None:
             "SPLITS": tiled.splits, "STAGES": tiled.stages, "GATED": gated, "ADDED": not gated,
             "OVERLAPS": True})
           for members, columns, gated in ((8, 4096, True), (32, 14336, False), (64, 4096, False),
-                                          (128, 4096, True))
+                                          (64, 4096, True), (128, 4096, True))
           for tiled in [tiling(members, columns, gated=gated)])):
         tiles = {"x": "MOST", "weight": "ROWS"} if kernel is few_rows_product else {}
         kinds_here = kinds | {name: f"tensordesc<bf16[{constants[height]}, {constants['WIDTH']}]>"

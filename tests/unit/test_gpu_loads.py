@@ -101,6 +101,7 @@ def test_all_layouts_have_as_much_kv_cache(monkeypatch: pytest.MonkeyPatch) -> N
     (("--layouts", "aggregated,three"), "three: layouts are aggregated, two, disaggregated"),
     (("--chunks", "32"), "--chunks 32: a step takes 64 requests"),
     (("--context-shares", "half"), "--context-shares half: needed are shares, as 1,0.6"),
+    (("--context-shares", "0.6", "--mps", "off"), "they are for ranks on one GPU under MPS"),
     (("--context-shares", "60"), "--context-shares 60: needed are shares, as 1,0.6"),
 ])
 def test_what_cannot_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],

@@ -133,8 +133,12 @@ class LlamaSteps:
     def _make_products(self) -> AllProducts | None:
         layers = [(qkv, layer.self_attn.o_proj, gate_up, layer.mlp.down_proj)
                   for qkv, layer, gate_up in zip(self._qkv, self._layers, self._gate_up, strict=True)]
-        head = self._model.lm_head
-        return AllProducts(layers, head, self._eps) if AllProducts.fit(layers, head) else None
+        if not AllProducts.fit(layers, self._model.lm_head):
+            return None
+        try:
+            return AllProducts(layers, self._eps)
+        except ImportError:
+            return None  # attention says that this Triton is too old
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
                  attention: DeviceAttention) -> torch.Tensor:

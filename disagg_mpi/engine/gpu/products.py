@@ -40,12 +40,14 @@ class Products(Protocol):
 class AllProducts:
     """Of every number of rows for which there is something faster than a library."""
 
-    def __init__(self, layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear, eps: float) -> None:
-        """``layers``: QKV, output, gate and up, down of each. They fit."""
+    def __init__(self, layers: Sequence[tuple[nn.Linear, ...]], eps: float) -> None:
+        """``layers``: QKV, output, gate and up, down of each. They fit.
+
+        Raises :class:`ImportError` for a Triton that is too old.
+        """
         self._one = OneRow(eps)
         outer = [each for _, output, _, down in layers for each in (output, down)]
         self._few = FewRows(eps, outer) if all(FewRows.fits(*layer) for layer in layers) else None
-        self._head = head
 
     @staticmethod
     def fit(layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear) -> bool:
@@ -54,8 +56,9 @@ class AllProducts:
         if not weight.is_cuda or importlib.util.find_spec("triton") is None:
             return False
         properties: Any = torch.cuda.get_device_properties(weight.device)
+        shared_bytes = getattr(properties, "shared_memory_per_block_optin", 0)  # torch 2.6 does not say
         return ((properties.major, properties.minor) >= OVERLAP_FROM
-                and properties.shared_memory_per_block_optin >= _SHARED_BYTES
+                and shared_bytes >= _SHARED_BYTES + 1024  # its marks
                 and all(OneRow.fits(each) for layer in layers for each in (*layer, head)))
 
     @property
@@ -134,7 +137,7 @@ class FewRows:
 
     most = 128
     _ADDED_MOST = 64
-    """Rows from which the library's product is the faster one there too."""
+    """Rows above which the library's product is the faster one there too."""
 
     def __init__(self, eps: float, added: Sequence[nn.Linear]) -> None:
         """``added``: matrices of :meth:`add`."""
