@@ -165,7 +165,8 @@ try:
 except dm.ConfigError as error:
     found = error
 from mpi4py import MPI
-print("rank", MPI.COMM_WORLD.rank, os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE"), found, flush=True)
+percentage = os.environ.get("CUDA_MPS_ACTIVE_THREAD_PERCENTAGE")
+os.write(1, f"rank {MPI.COMM_WORLD.rank} {percentage} {found}\\n".encode())  # whole, beside other ranks'
 """
 
 
