@@ -29,6 +29,7 @@ FAMILY_NAMES: dict[Family, str] = {
     "openmpi": "Open MPI", "mpich": "MPICH", "intel": "Intel MPI", "unknown": "an unknown MPI",
 }
 
+
 class MpiInstall(msgspec.Struct, frozen=True):
     """The MPI that this Python will use, and the ``mpirun`` that belongs to it."""
 

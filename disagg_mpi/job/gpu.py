@@ -1,21 +1,18 @@
 """Builds one rank's part of an instance on a GPU: the device, pools and weights that ranks share, its stage.
 
-``limit_processors``  what MPS must be told of a rank, before MPI starts
-``choose_devices``    which GPU each rank gets, before the world is made
-``plan_devices``      each rank's device (torch is imported here, with its threads set), and what fits on all
-``make_pools``        who owns a pool allocates it, the others of its host open it
-``load_stage``        one rank of those with the same slice on a GPU reads it, the others open that too
+``choose_devices``  which GPU each rank gets, before the world is made
+``plan_devices``    each rank's device (torch is imported here, with its threads set), and what fits on all
+``make_pools``      who owns a pool allocates it, the others of its host open it
+``load_stage``      one rank of those with the same slice on a GPU reads it, the others open that too
 
-All but the first are collective over the world. Owners keep their allocations until every rank of their host
-has let go (:meth:`GpuMemory.close`).
+All are collective over the world. Owners keep their allocations until every rank of their host has let go
+(:meth:`GpuMemory.close`).
 """
 
 from __future__ import annotations
 
 import functools
 import gc
-import os
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +24,6 @@ from disagg_mpi.comm.ucx import cuda_aware
 from disagg_mpi.config import JobConfig
 from disagg_mpi.errors import ConfigError
 from disagg_mpi.gpus import Gpu, emulated_gpus, torch_takes_gpus, visible_gpus
-from disagg_mpi.job import mps
 from disagg_mpi.job.arrangement import Arrangement
 from disagg_mpi.job.devices import DevicePlace, place_ranks, plan_pools, positions_for, uses_of, wants_gpus
 from disagg_mpi.job.world import Hosts, World
@@ -75,49 +71,6 @@ class GpuMemory:
         if self.weights is not None:
             unshare(self._world.host, self.weights)
         unshare(self._world.host, self.pools)
-
-
-_limited: tuple[float, frozenset[int]] | None = None
-"""The share that an earlier job of this process has set, and for which ranks: CUDA was asked once."""
-
-
-def limit_processors(config: JobConfig, topology: Topology) -> None:
-    """Hold this process to its share of a GPU's processors, for MPS to see when CUDA is loaded: before MPI,
-    whose UCX does that.
-
-    Raises :class:`ConfigError`, on all ranks alike, if that has happened and was not with the same shares.
-    """
-    global _limited
-    if config.device == "cpu":
-        return
-    ranks = frozenset(rank for group in topology.groups if group.role is Role.CONTEXT for rank in group.ranks)
-    wanted = (config.context_gpu_share, ranks) if config.context_gpu_share < 1 and ranks else None
-    if wanted == _limited:
-        return
-    if _limited is not None:
-        raise ConfigError(
-            f"an earlier job of this process held ranks {', '.join(map(str, sorted(_limited[1])))} to "
-            f"context_gpu_share {_limited[0]:g}, which lasts as long as the process: give this one the same, "
-            "or a process of its own")
-    if "mpi4py.MPI" in sys.modules:
-        raise ConfigError(
-            f"context_gpu_share is {config.context_gpu_share:g}, which CUDA must learn before it is loaded, "
-            "and MPI loads it: import mpi4py.MPI after the first launch(), or leave context_gpu_share at 1 "
-            f"and set {mps.PERCENTAGE} for the context ranks")
-    _limited = wanted
-    if environment.launcher_context().rank in ranks:
-        os.environ.setdefault(mps.PERCENTAGE, f"{100 * config.context_gpu_share:g}")
-
-
-def why_unlimited() -> str:
-    """For rank 0, which is never limited: why context ranks are not held to a share, if so."""
-    if not mps.seems_to_run():
-        return "there is no MPS here, which launch --mps starts"
-    if mps.PERCENTAGE in os.environ:
-        return f"{mps.PERCENTAGE} is set for all ranks"
-    if environment.launcher_context().rank is None:
-        return f"this launcher does not say which rank a process is; set {mps.PERCENTAGE} for context ranks"
-    return ""
 
 
 def choose_devices(comm: MPI.Intracomm, config: JobConfig, topology: Topology,

@@ -31,7 +31,7 @@ from disagg_mpi.gpus import host_has_gpus
 from disagg_mpi.job import guards
 from disagg_mpi.job.arrangement import arrange
 from disagg_mpi.job.devices import describe
-from disagg_mpi.job.gpu import choose_devices, in_words, limit_processors, plan_devices, why_unlimited
+from disagg_mpi.job.gpu import choose_devices, in_words, plan_devices
 from disagg_mpi.job.gpu import load_stage as load_device_stage
 from disagg_mpi.job.instance import (
     RankMemory,
@@ -44,6 +44,7 @@ from disagg_mpi.job.instance import (
 )
 from disagg_mpi.job.plan import plan_memory
 from disagg_mpi.job.segments import unlink_shared_segments
+from disagg_mpi.job.share import limit_processors, why_unlimited
 from disagg_mpi.job.trtllm import TrtllmJob
 from disagg_mpi.job.world import Hosts, World
 from disagg_mpi.model.checkpoint import ModelSpec, read_model_spec

@@ -234,7 +234,7 @@ def test_one_request_alone(device: CudaDevice, model_path: Path) -> None:
 @pytest.mark.parametrize(("hidden_size", "inner_size"), [(512, 1024), (1024, 8448)])
 def test_products_of_generation_steps(
         device: CudaDevice, num_rows: int, hidden_size: int, inner_size: int) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="it comes with torch for CUDA")
     torch.manual_seed(0)
 
     def linear(columns: int, rows: int) -> torch.nn.Linear:

@@ -177,7 +177,7 @@ os.write(1, f"rank {MPI.COMM_WORLD.rank} {percentage} {found}\\n".encode())  # w
 def test_a_context_rank_may_be_held_to_a_share_of_its_gpu(
         tiny: Path, tmp_path: Path, when: str, percentages: list[str], error: str) -> None:
     """By what MPS asks it for when CUDA is loaded, which MPI may do; the generation rank beside it is not. A
-    second job of these processes has the same share or none."""
+    second job of these processes has the same share, or is refused."""
     script = tmp_path / "job.py"
     script.write_text(SHARED)
     job = run_job(3, [str(script), str(tiny), when], timeout=60, env={"DISAGG_MPI_EMULATED_GPUS": "1x8GiB"})

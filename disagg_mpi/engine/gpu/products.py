@@ -1,8 +1,8 @@
 """The matrix products of generation steps of the Llama family, with the norms, activations and sums between.
 
 Made by :class:`~disagg_mpi.engine.gpu.model.LlamaSteps` where they can be used: for a rank that has the whole
-model, in bf16 and without biases, on a GPU of the data centre from Hopper on, with Triton. One row is
-multiplied by plain threads, a few by tensor cores; more than those are a library's affair.
+model, in bf16 and without biases, on a GPU from Hopper on, with Triton. One row is multiplied by plain
+threads, a few by tensor cores, where the GPU has room for their tiles; more are a library's affair.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ class AllProducts:
         """
         self._one = OneRow(eps)
         outer = [each for _, output, _, down in layers for each in (output, down)]
-        self._few = FewRows(eps, outer) if all(FewRows.fits(*layer) for layer in layers) else None
+        fits = FewRows.has_room(outer[0].weight.device) and all(FewRows.fits(*layer) for layer in layers)
+        self._few = FewRows(eps, outer) if fits else None
 
     @staticmethod
     def fit(layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear) -> bool:
@@ -55,10 +56,7 @@ class AllProducts:
         weight = head.weight
         if not weight.is_cuda or importlib.util.find_spec("triton") is None:
             return False
-        properties: Any = torch.cuda.get_device_properties(weight.device)
-        shared_bytes = getattr(properties, "shared_memory_per_block_optin", 0)  # torch 2.6 does not say
-        return ((properties.major, properties.minor) >= OVERLAP_FROM
-                and shared_bytes >= _SHARED_BYTES + 1024  # its marks
+        return (torch.cuda.get_device_capability(weight.device) >= OVERLAP_FROM
                 and all(OneRow.fits(each) for layer in layers for each in (*layer, head)))
 
     @property
@@ -155,6 +153,13 @@ class FewRows:
         self._partial = torch.empty(most * self._ADDED_MOST, device=place)
         # Every launch leaves them at zero.
         self._counters = torch.zeros(max(rows for rows, _ in shapes), dtype=torch.int32, device=place)
+
+    @staticmethod
+    def has_room(place: torch.device) -> bool:
+        """Whether the GPU's programs have the shared memory that tiles take."""
+        properties: Any = torch.cuda.get_device_properties(place)
+        room: int = getattr(properties, "shared_memory_per_block_optin", 0)  # torch 2.6 does not say
+        return room >= _SHARED_BYTES + 1024  # and marks beside the tiles
 
     @staticmethod
     def fits(qkv: nn.Linear, output: nn.Linear, gate_up: nn.Linear, down: nn.Linear) -> bool:
