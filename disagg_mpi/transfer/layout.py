@@ -182,9 +182,8 @@ class CacheView(msgspec.Struct, frozen=True):
         return runs
 
     def slots(self, block_ids: Sequence[int], box: Box, step: int = 1) -> npt.NDArray[np.int64]:
-        """Slot of every ``step``-th token of the box, without a loop over blocks (0.01 ms for 256 of them,
-        where :meth:`runs` takes 0.06). Where ``step`` divides the block size and ``box.first_token``, the
-        tokens between lie together.
+        """Slot of every ``step``-th token of the box, without a loop over blocks: a hand-over waits for it.
+        Where ``step`` divides the block size and ``box.first_token``, the tokens between lie together.
 
         Raises what :meth:`runs` raises.
         """
@@ -194,11 +193,14 @@ class CacheView(msgspec.Struct, frozen=True):
         if not 0 <= box.first_token <= box.end_token or end_block > len(block_ids):
             raise ValueError(f"tokens [{box.first_token}, {box.end_token}) of {len(block_ids)} blocks of "
                              f"{size}")
-        blocks = np.asarray(block_ids[:end_block], dtype=np.int64)
-        used = blocks[box.first_token // size :]
-        if used.size and not 0 <= used.min() <= used.max() < layout.num_blocks:
+        first_block, first = divmod(box.first_token, size)
+        blocks = np.asarray(block_ids[first_block:end_block], dtype=np.int64)
+        # One look for both ends: seen without a sign a negative number is a large one.
+        if blocks.size and blocks.view(np.uint64).max() >= layout.num_blocks:
             raise ValueError(f"blocks {list(block_ids)} of a pool of {layout.num_blocks}")
-        places = np.arange(box.first_token, box.end_token, step, dtype=np.int64)
+        if step == size and not first:
+            return blocks * size
+        places = np.arange(first, first + box.num_tokens, step, dtype=np.int64)
         slots: npt.NDArray[np.int64] = blocks[places // size] * size + places % size
         return slots
 

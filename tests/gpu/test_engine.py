@@ -238,7 +238,8 @@ def test_products_of_generation_steps(
     torch.manual_seed(0)
 
     def linear(columns: int, rows: int) -> torch.nn.Linear:
-        return torch.nn.Linear(columns, rows, bias=False, device=device.place, dtype=torch.bfloat16)
+        made = torch.nn.Linear(columns, rows, bias=False, device=device.place, dtype=torch.bfloat16)
+        return made.requires_grad_(False)
 
     layer = (linear(hidden_size, 768), linear(hidden_size, hidden_size),
              linear(hidden_size, 2 * inner_size), linear(inner_size, hidden_size))
@@ -257,7 +258,13 @@ def test_products_of_generation_steps(
         torch.testing.assert_close(gated.float(), F.silu(gate) * up, rtol=0.02, atol=0.02)
         products.add(gated, layer[3], hidden)
         torch.testing.assert_close(hidden.float(), added, rtol=0.02, atol=0.03)
-        torch.testing.assert_close(products.normed(hidden, norm, head).float(), logits, rtol=0.02, atol=0.03)
+        room = torch.empty(num_rows, 1000, device=device.place, dtype=torch.bfloat16)
+        found = products.logits(hidden, norm, head, room)
+        assert found is room
+        torch.testing.assert_close(found.float(), logits, rtol=0.02, atol=0.03)
+        query = F.rms_norm(hidden.float(), (hidden_size,), norm.float(), 1e-5) @ layer[0].weight.float().T
+        torch.testing.assert_close(
+            products.normed(hidden, norm, layer[0]).float(), query, rtol=0.02, atol=0.03)
 
 
 def test_a_draw_is_the_processors(device: CudaDevice) -> None:

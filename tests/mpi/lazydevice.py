@@ -62,5 +62,5 @@ def be_lazy(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(packed, "Lane", LazyLane)
     monkeypatch.setattr(gather, "Lane", LazyLane)
-    monkeypatch.setattr(kernels, "copy", later(kernels.copy))
+    monkeypatch.setattr(kernels.Copy, "run", later(kernels.Copy.run))
     monkeypatch.setattr(packed._Moving, "_move_host", later(packed._Moving._move_host))

@@ -49,19 +49,17 @@ def test_a_box_is_packed_and_unpacked(seed: int, variant: tuple[int, int]) -> No
     pool = case.tensor(1)
     step = kernels.cell_tokens(box.first_token, source.layout.tokens_per_block)
     places = np.arange(0, box.num_tokens, step)
-    kernels.copy(
-        kernels.pool_planes(case.tensor(0), source, box), inner,
-        kernels.Cells(source.slots(case.tables[0], box, step), places, step, box.num_tokens), num_planes,
-        row_bytes, variant=variant)
+    kernels.Copy(
+        kernels.pool_planes(case.tensor(0), source, box), inner, step, num_planes, row_bytes, variant,
+    ).run(kernels.Cells(source.slots(case.tables[0], box, step), places, step, box.num_tokens))
     data = message.numpy()
     assert np.array_equal(data[16:-16], content(case.memories[0], source, case.tables[0], box))
     assert (data[:16] == 7).all() and (data[-16:] == 7).all(), "nothing beside the message"
     step = kernels.cell_tokens(box.first_token, target.layout.tokens_per_block)
     places = np.arange(0, box.num_tokens, step)
-    kernels.copy(
-        inner, kernels.pool_planes(pool, target, box),
-        kernels.Cells(places, target.slots(case.tables[1], box, step), step, box.num_tokens), num_planes,
-        row_bytes, variant=variant)
+    kernels.Copy(
+        inner, kernels.pool_planes(pool, target, box), step, num_planes, row_bytes, variant,
+    ).run(kernels.Cells(places, target.slots(case.tables[1], box, step), step, box.num_tokens))
     assert np.array_equal(pool.numpy(), case.handed_over())
 
 
@@ -95,8 +93,12 @@ def test_a_cell_knows_its_tokens() -> None:
     cells = kernels.Cells(np.array([32, 0, 16]), np.array([0, 64, 32]), 16, 37)
     assert cells.table.tolist() == [[32, 0, 16], [0, 64, 16], [16, 32, 5]]
     assert cells.slots(0).tolist() == [*range(32, 48), *range(16), *range(16, 21)]
-    with pytest.raises(ValueError, match="more than"):
-        kernels.Cells(np.array([2**31]), np.array([0]), 1, 1)
+
+
+def test_a_pool_has_slots_of_32_bits() -> None:
+    view = CacheView(0, 0, "pool", 0, KvLayout(1, 1, 8, 64, 2**25, "bf16"), 0, 0, KvShard(0, 1, 0, 1))
+    with pytest.raises(ValueError, match="33554432 blocks of 64 tokens has more"):
+        kernels.pool_planes(torch.empty(0, dtype=torch.uint8), view, Box(0, 1, 0, 1, 0, 64))
 
 
 @pytest.mark.parametrize(("change", "text"), [

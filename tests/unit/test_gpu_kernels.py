@@ -141,10 +141,11 @@ def test_what_a_hopper_would_run() -> None:
         (norm_rows, 8, {"K": 4096, "WIDTH": 4096, "OVERLAPS": True}),
         *((few_rows_product, tiled.warps, {
             "K": columns, "MOST": tiled.most, "ROWS": tiled.rows, "WIDTH": tiled.width,
-            "SPLITS": tiled.splits, "STAGES": tiled.stages, "GATED": gated, "ADDED": not gated,
+            "SPLITS": tiled.splits, "STAGES": tiled.stages, "GATED": gated, "ADDED": added,
             "OVERLAPS": True})
-          for members, columns, gated in ((8, 4096, True), (32, 14336, False), (64, 4096, False),
-                                          (64, 4096, True), (128, 4096, True))
+          for members, columns, gated, added in (
+              (8, 4096, True, False), (32, 14336, False, True), (64, 4096, False, True),
+              (64, 4096, False, False), (64, 4096, True, False), (128, 4096, True, False))
           for tiled in [tiling(members, columns, gated=gated)])):
         tiles = {"x": "MOST", "weight": "ROWS"} if kernel is few_rows_product else {}
         kinds_here = kinds | {name: f"tensordesc<bf16[{constants[height]}, {constants['WIDTH']}]>"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from inprocess import executor_request
 
 from disagg_mpi.engine.gpu.device import HostDevice
-from disagg_mpi.engine.gpu.sampler import Draw, choose, draw
+from disagg_mpi.engine.gpu.sampler import Draw, draw, draw_some, likeliest
 from disagg_mpi.engine.sampler import _draw, uniform
 from disagg_mpi.engine.sequence import Sequence
 
@@ -34,11 +34,17 @@ def row_by_row(logits: torch.Tensor, asked: list[Asked], position: int = 3) -> l
     return found
 
 
+def choose(logits: torch.Tensor, draws: list[Draw]) -> torch.Tensor:
+    tokens = likeliest(logits)
+    draw_some(tokens, logits, draws, HostDevice())
+    return tokens
+
+
 def at_once(logits: torch.Tensor, asked: list[Asked], position: int = 3) -> list[int]:
     draws: list[Draw] = [(row, one.temperature, one.top_k, one.top_p, uniform(one.seed, 2, position))
                          for row, one in enumerate(asked) if one.temperature]
-    tokens = choose(logits, draws, HostDevice())
-    assert tokens.dtype == torch.int64 and tokens.shape == (len(asked),)
+    tokens = choose(logits, draws)
+    assert tokens.dtype == torch.int32 and tokens.shape == (len(asked),)
     return tokens.tolist()
 
 
@@ -141,8 +147,8 @@ def test_logits_that_differ_in_their_last_bits_do_not_tie() -> None:
 
 def test_a_step_without_draws_is_the_likeliest_of_each_row() -> None:
     logits = torch.randn(5, 30, generator=torch.Generator().manual_seed(0))
-    assert choose(logits, [], HostDevice()).tolist() == logits.argmax(-1).tolist()
-    assert choose(logits[:0], [], HostDevice()).tolist() == []
+    assert choose(logits, []).tolist() == logits.argmax(-1).tolist()
+    assert choose(logits[:0], []).tolist() == []
 
 
 def test_a_seed_decides_together_with_index_and_position() -> None:

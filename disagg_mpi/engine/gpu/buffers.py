@@ -1,4 +1,4 @@
-"""A step's arrays on their way to the device, without a wait: two copies a step from host memory of our own.
+"""A step's arrays on their way to the device, without a wait: one copy a step from host memory of our own.
 
 Each array has a fixed place on the device, because captured steps read it there. The host's side is a ring:
 what the device has not read yet is not written again. Made once a rank, by its stage.
@@ -57,7 +57,7 @@ class StepBuffers:
             self._places[name] = (end, size)
             end += -(-4 * size // _ALIGNED) * _ALIGNED // 4
         self._device = device
-        self._fixed = self._places["pages"][0]
+        self._last = self._places["pages"][0]
         self._arena = torch.zeros(end, dtype=torch.int32, device=device.place)
         self._ring = [device.host_empty(end, dtype=torch.int32).zero_() for _ in range(_RING)]
         self._read: list[Mark | None] = [None] * _RING
@@ -76,9 +76,9 @@ class StepBuffers:
             if len(values) > size:
                 raise ValueError(f"a step with {len(values)} {name}; there is room for {size}")
             into[first : first + len(values)] = values
-        end = self._fixed + len(arrays.pages)
-        self._arena[: self._fixed].copy_(host[: self._fixed], non_blocking=True)
-        self._arena[self._fixed : end].copy_(host[self._fixed : end], non_blocking=True)
+        # The last place is the largest by far, and its end is mostly unused.
+        end = self._last + len(arrays.pages)
+        self._arena[:end].copy_(host[:end], non_blocking=True)
         self._read[slot] = self._device.mark()
         places = {name: slice(first, first + len(getattr(arrays, name)))
                   for name, (first, _) in self._places.items()}

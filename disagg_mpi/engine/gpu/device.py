@@ -23,10 +23,12 @@ class Mark(Protocol):
         ...
 
 
-Work = Callable[[], torch.Tensor]
+Results = tuple[torch.Tensor, ...]
 
-Recorder = Callable[[Work], tuple[Callable[[], None], torch.Tensor]]
-"""Records a work: what replays it, and the tensor that holds its result afterwards."""
+Work = Callable[[], Results]
+
+Recorder = Callable[[Work], tuple[Callable[[], None], Results]]
+"""Records a work: what replays it, and the tensors that hold its results afterwards."""
 
 
 class Device(Protocol):
@@ -86,13 +88,13 @@ class CudaDevice:
     def recorder(self) -> Recorder:
         memory: Any = torch.cuda.graph_pool_handle()
 
-        def record(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
+        def record(work: Work) -> tuple[Callable[[], None], Results]:
             torch.cuda.synchronize(self.place)
             graph = torch.cuda.CUDAGraph()
             # Other threads (UCX's, NCCL's) may call CUDA meanwhile.
             with torch.cuda.graph(graph, pool=memory, capture_error_mode="thread_local"):
-                result = work()
-            return graph.replay, result
+                results = work()
+            return graph.replay, results
 
         return record
 
@@ -137,11 +139,14 @@ class HostDevice:
         return _Past()
 
     def recorder(self) -> Recorder:
-        def record(work: Work) -> tuple[Callable[[], None], torch.Tensor]:
-            def replay() -> None:
-                work()
+        def record(work: Work) -> tuple[Callable[[], None], Results]:
+            results = work()
 
-            return replay, work()
+            def replay() -> None:
+                for kept, new in zip(results, work(), strict=True):
+                    kept.copy_(new)
+
+            return replay, results
 
         return record
 

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
-from disagg_mpi.engine.gpu.device import Device, Work
+from disagg_mpi.engine.gpu.device import Device, Results, Work
 
 
 def graph_sizes(max_batch_size: int) -> list[int]:
@@ -27,7 +25,7 @@ class StepGraphs:
     def __init__(self, device: Device, sizes: Sequence[int]) -> None:
         self._record = device.recorder()
         self.sizes = sorted(sizes)
-        self._captured: dict[int, tuple[Callable[[], None], torch.Tensor]] = {}
+        self._captured: dict[int, tuple[Callable[[], None], Results]] = {}
 
     def capture(self, make: Callable[[int], Work]) -> None:
         """Record every size; ``make(size)`` prepares one and gives its work, which is run once before."""
@@ -40,8 +38,8 @@ class StepGraphs:
         """The captured size that such a step runs as."""
         return next((size for size in self.sizes if size >= num_chunks), None) if self._captured else None
 
-    def replay(self, size: int) -> torch.Tensor:
-        """Queue the step of ``size``; its logits, good until the next replay."""
-        run, result = self._captured[size]
+    def replay(self, size: int) -> Results:
+        """Queue the step of ``size``; what it makes, good until the next replay."""
+        run, results = self._captured[size]
         run()
-        return result
+        return results

@@ -72,19 +72,20 @@ class DeviceModel:
 
     def __call__(
         self, token_ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
-        attention: DeviceAttention, hidden: torch.Tensor | None = None,
+        attention: DeviceAttention, hidden: torch.Tensor | None = None, out: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """K and V of the rank's layers go to the pool.
 
         ``token_ids`` ``[tokens]`` matter to the first stage and ``hidden`` ``[tokens, hidden_size]`` to the
         others. The last stage returns this rank's logits at ``rows`` (``None``: of all tokens), ``[rows,
-        vocab_range's length]``; the others hidden states for the next.
+        vocab_range's length]``, in ``out`` where that is given and can be used; the others hidden
+        states for the next.
         """
         if self._llama is not None:
             if self.is_first:
                 hidden = self._module.get_input_embeddings()(token_ids)
             assert hidden is not None  # the caller's plan of stages
-            return self._llama(hidden, positions, rows, attention)
+            return self._llama(hidden, positions, rows, attention, out)
         inputs = {"input_ids": token_ids.unsqueeze(0)} if self.is_first else {
             "inputs_embeds": hidden.unsqueeze(0)}  # type: ignore[union-attr]
         if self.is_last:
@@ -141,32 +142,34 @@ class LlamaSteps:
             return None  # attention says that this Triton is too old
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None,
-                 attention: DeviceAttention) -> torch.Tensor:
-        """Logits ``[rows, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage."""
+                 attention: DeviceAttention, out: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits ``[rows, this rank's vocabulary]``, or ``[tokens, hidden_size]`` for the next stage. Logits
+        may go into ``out``."""
         operations, eps = self._operations, self._eps
         unturned = attention.unturned
         products = self.products.of(len(hidden)) if self.products is not None else None
         if products is not None and unturned is not None and rows is None:
-            return self._generate(hidden, unturned, products)
+            return self._generate(hidden, unturned, products, out)
         residual = hidden
         normed = operations.norm(hidden, self._layers[0].input_layernorm.weight, eps)
-        out = normed
+        added = normed
         for index, layer in enumerate(self._layers):
             if index:
-                normed = operations.add_norm(out, residual, layer.input_layernorm.weight, eps)
+                normed = operations.add_norm(added, residual, layer.input_layernorm.weight, eps)
             attended = self._attend(index, _linear(normed, self._qkv[index]), positions, attention)
-            out = self._summed(_linear(attended, layer.self_attn.o_proj))
-            normed = operations.add_norm(out, residual, layer.post_attention_layernorm.weight, eps)
+            added = self._summed(_linear(attended, layer.self_attn.o_proj))
+            normed = operations.add_norm(added, residual, layer.post_attention_layernorm.weight, eps)
             gated = operations.gated(_linear(normed, self._gate_up[index]))
-            out = self._summed(_linear(gated, layer.mlp.down_proj))
+            added = self._summed(_linear(gated, layer.mlp.down_proj))
         if not self._is_last:
-            return residual + out
+            return residual + added
         if rows is not None and not len(rows):  # a chunk of a prompt and no token: kernels take no empty grid
-            return out.new_empty(0, len(self._model.lm_head.weight))
-        last = residual + out if rows is None else residual[rows] + out[rows]
+            return added.new_empty(0, len(self._model.lm_head.weight))
+        last = residual + added if rows is None else residual[rows] + added[rows]
         return _linear(operations.norm(last, self._model.model.norm.weight, eps), self._model.lm_head)
 
-    def _generate(self, hidden: torch.Tensor, attend: AttendUnturned, products: Products) -> torch.Tensor:
+    def _generate(self, hidden: torch.Tensor, attend: AttendUnturned, products: Products,
+                  out: torch.Tensor | None) -> torch.Tensor:
         """Logits of all rows; ``hidden`` is written."""
         for index, layer in enumerate(self._layers):
             output = layer.self_attn.o_proj
@@ -174,7 +177,7 @@ class LlamaSteps:
             products.add(attend(index, qkv, self._rotary, output.weight), output, hidden)
             gated = products.gated(hidden, layer.post_attention_layernorm.weight, self._gate_up[index])
             products.add(gated, layer.mlp.down_proj, hidden)
-        return products.normed(hidden, self._model.model.norm.weight, self._model.lm_head)
+        return products.logits(hidden, self._model.model.norm.weight, self._model.lm_head, out)
 
     def _attend(self, index: int, qkv: torch.Tensor, positions: torch.Tensor,
                 attention: DeviceAttention) -> torch.Tensor:

@@ -28,6 +28,11 @@ class Products(Protocol):
         """``linear`` of the root mean square norm of ``hidden``, whose weight is ``norm``."""
         ...
 
+    def logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: nn.Linear,
+               out: torch.Tensor | None) -> torch.Tensor:
+        """As :meth:`normed`, of a matrix with many rows; into ``out``, if given."""
+        ...
+
     def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
         """As :meth:`normed`, and then ``silu(first half) * second half``."""
         ...
@@ -46,9 +51,9 @@ class AllProducts:
         Raises :class:`ImportError` for a Triton that is too old.
         """
         self._one = OneRow(eps)
-        outer = [each for _, output, _, down in layers for each in (output, down)]
-        fits = FewRows.has_room(outer[0].weight.device) and all(FewRows.fits(*layer) for layer in layers)
-        self._few = FewRows(eps, outer) if fits else None
+        plain = [each for qkv, output, _, down in layers for each in (qkv, output, down)]
+        fits = FewRows.has_room(plain[0].weight.device) and all(FewRows.fits(*layer) for layer in layers)
+        self._few = FewRows(eps, plain) if fits else None
 
     @staticmethod
     def fit(layers: Sequence[tuple[nn.Linear, ...]], head: nn.Linear) -> bool:
@@ -93,27 +98,30 @@ class OneRow:
                 and not weight.shape[0] % 8 and not weight.shape[1] % 128)
 
     def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-        return self._product(hidden, linear.weight, norm=norm)
+        return self._product(hidden, linear.weight, _room(hidden, len(linear.weight)), norm=norm)
+
+    def logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: nn.Linear,
+               out: torch.Tensor | None) -> torch.Tensor:
+        room = _room(hidden, len(head.weight)) if out is None else out
+        return self._product(hidden, head.weight, room, norm=norm)
 
     def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
-        return self._product(hidden, gate_up.weight, norm=norm, gated=True)
+        room = _room(hidden, len(gate_up.weight) // 2)
+        return self._product(hidden, gate_up.weight, room, norm=norm, gated=True)
 
     def add(self, x: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
-        self._product(x, linear.weight, out=hidden)
+        self._product(x, linear.weight, hidden, added=True)
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, *, norm: torch.Tensor | None = None,
-                 gated: bool = False, out: torch.Tensor | None = None) -> torch.Tensor:
-        """Into a new row, or added to ``out``."""
-        num_columns = weight.shape[1]
-        num_rows = weight.shape[0] // 2 if gated else weight.shape[0]
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *,
+                 norm: torch.Tensor | None = None, gated: bool = False, added: bool = False) -> torch.Tensor:
+        num_rows, num_columns = out.shape[1], weight.shape[1]
         rows, width = self._PLAIN_TILE if norm is None else self._NORMED_TILE
         while num_columns % width:
             width //= 2
-        target = torch.empty(1, num_rows, dtype=x.dtype, device=x.device) if out is None else out
         self._kernel[num_rows // rows,](
-            x, weight, weight if norm is None else norm, self._eps, target, num_rows, num_columns, rows,
-            width, norm is not None, gated, out is not None, True, num_warps=self._WARPS, launch_pdl=True)
-        return target
+            x, weight, weight if norm is None else norm, self._eps, out, num_rows, num_columns, rows, width,
+            norm is not None, gated, added, True, num_warps=self._WARPS, launch_pdl=True)
+        return out
 
 
 class Tiling(NamedTuple):
@@ -130,15 +138,15 @@ class Tiling(NamedTuple):
 
 
 class FewRows:
-    """The norm, the activation's product and the sums' are ours; QKV and logits are the library's, which has
-    been as fast."""
+    """The norm and the activation's product are ours, and QKV's and the sums' up to :attr:`_PLAIN_MOST` rows;
+    the others and the logits' are the library's."""
 
     most = 128
-    _ADDED_MOST = 64
-    """Rows above which the library's product is the faster one there too."""
+    _PLAIN_MOST = 64
+    """Rows above which the library's product is the faster one, but for the activation's."""
 
-    def __init__(self, eps: float, added: Sequence[nn.Linear]) -> None:
-        """``added``: matrices of :meth:`add`."""
+    def __init__(self, eps: float, plain: Sequence[nn.Linear]) -> None:
+        """``plain``: matrices of :meth:`normed` and :meth:`add`."""
         from triton.tools.tensor_descriptor import TensorDescriptor
 
         from disagg_mpi.engine.gpu.kernels.few import few_rows_product, norm_rows
@@ -147,10 +155,10 @@ class FewRows:
         self._kernel: Any = few_rows_product
         self._norm_kernel: Any = norm_rows
         self._eps = eps
-        place = added[0].weight.device
-        shapes = [each.weight.shape for each in added]
-        most = max(rows * tiling(self._ADDED_MOST, columns, gated=False).splits for rows, columns in shapes)
-        self._partial = torch.empty(most * self._ADDED_MOST, device=place)
+        place = plain[0].weight.device
+        shapes = [each.weight.shape for each in plain]
+        most = max(rows * tiling(self._PLAIN_MOST, columns, gated=False).splits for rows, columns in shapes)
+        self._partial = torch.empty(most * self._PLAIN_MOST, device=place)
         # Every launch leaves them at zero.
         self._counters = torch.zeros(max(rows for rows, _ in shapes), dtype=torch.int32, device=place)
 
@@ -164,20 +172,26 @@ class FewRows:
     @staticmethod
     def fits(qkv: nn.Linear, output: nn.Linear, gate_up: nn.Linear, down: nn.Linear) -> bool:
         return not any(number % least for linear, least_ones in (
-            (output, (64, 256)), (gate_up, (256, 128)), (down, (64, 256)))
+            (qkv, (64, 256)), (output, (64, 256)), (gate_up, (256, 128)), (down, (64, 256)))
             for number, least in zip(linear.weight.shape, least_ones, strict=True))
 
     def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
-        return F.linear(self._norm(hidden, norm), linear.weight)
+        normed = self._norm(hidden, norm)
+        if len(hidden) > self._PLAIN_MOST:
+            return F.linear(normed, linear.weight)
+        return self._product(normed, linear.weight, _room(hidden, len(linear.weight)))
+
+    def logits(self, hidden: torch.Tensor, norm: torch.Tensor, head: nn.Linear,
+               out: torch.Tensor | None) -> torch.Tensor:
+        return torch.mm(self._norm(hidden, norm), head.weight.t(), out=out)
 
     def gated(self, hidden: torch.Tensor, norm: torch.Tensor, gate_up: nn.Linear) -> torch.Tensor:
-        out = torch.empty(len(hidden), len(gate_up.weight) // 2, dtype=hidden.dtype, device=hidden.device)
-        self._product(self._norm(hidden, norm), gate_up.weight, out, gated=True)
-        return out
+        room = _room(hidden, len(gate_up.weight) // 2)
+        return self._product(self._norm(hidden, norm), gate_up.weight, room, gated=True)
 
     def add(self, x: torch.Tensor, linear: nn.Linear, hidden: torch.Tensor) -> None:
-        if len(x) <= self._ADDED_MOST:
-            self._product(x, linear.weight, hidden, gated=False)
+        if len(x) <= self._PLAIN_MOST:
+            self._product(x, linear.weight, hidden, added=True)
         else:
             hidden.addmm_(x, linear.weight.t())
 
@@ -189,8 +203,8 @@ class FewRows:
             num_warps=8, launch_pdl=True)
         return out
 
-    def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gated: bool) -> None:
-        """Into ``out`` if ``gated``, or else added to it."""
+    def _product(self, x: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, gated: bool = False,
+                 added: bool = False) -> torch.Tensor:
         num_members, num_columns = x.shape
         num_rows = out.shape[1]
         most, rows, width, splits, stages, warps = tiling(num_members, num_columns, gated=gated)
@@ -198,7 +212,12 @@ class FewRows:
                  for tensor, height in ((x, most), (weight, rows))]
         self._kernel[num_rows // rows, splits](
             *tiles, out, self._partial, self._counters, num_members, num_rows, num_columns, most, rows, width,
-            splits, stages, gated, not gated, True, num_warps=warps, launch_pdl=True)
+            splits, stages, gated, added, True, num_warps=warps, launch_pdl=True)
+        return out
+
+
+def _room(rows: torch.Tensor, width: int) -> torch.Tensor:
+    return torch.empty(len(rows), width, dtype=rows.dtype, device=rows.device)
 
 
 def tiling(num_members: int, num_columns: int, *, gated: bool) -> Tiling:

@@ -20,34 +20,31 @@ Draw = tuple[int, float, int, float, float]
 """Row, temperature, top-k, top-p, random number in [0, 1)."""
 
 
-def choose(logits: torch.Tensor, draws: Sequence[Draw], device: Device) -> torch.Tensor:
-    """The token of each row of ``logits`` ``[rows, vocabulary]``: the likeliest, but for the rows that are
-    drawn.
+def likeliest(logits: torch.Tensor) -> torch.Tensor:
+    """The first place of the largest value in each row of ``logits`` ``[rows, vocabulary]``.
 
-    ``[rows]``, int64.
+    ``[rows]``, int32. In two rounds: in one, a GPU gives a row to few of its processors.
     """
-    tokens = _likeliest(logits)
-    if not draws:
-        return tokens
-    host = device.host_empty(len(draws), 5, dtype=torch.float64)
-    host.copy_(torch.tensor(draws, dtype=torch.float64))
-    table = host.to(logits.device, non_blocking=True)
-    rows = table[:, 0].long()
-    tokens[rows] = draw(logits[rows], table[:, 1], table[:, 2].long(), table[:, 3], table[:, 4],
-                        largest_top_k=max(each[2] for each in draws),
-                        any_top_p=any(each[3] < 1 for each in draws))
-    return tokens
-
-
-def _likeliest(logits: torch.Tensor) -> torch.Tensor:
-    """The first place of each row's largest value, in two rounds: in one, a GPU gives a row to few of its
-    processors."""
     vocabulary = logits.shape[-1]
     pieces = next(count for count in range(_PIECES, 0, -1) if vocabulary % count == 0)
     best, places = logits.view(-1, pieces, vocabulary // pieces).max(dim=-1)
     piece = best.argmax(dim=-1, keepdim=True)
-    found: torch.Tensor = places.gather(-1, piece) + piece * (vocabulary // pieces)
+    found = torch.empty(piece.shape, dtype=torch.int32, device=logits.device)
+    torch.add(places.gather(-1, piece), piece, alpha=vocabulary // pieces, out=found)
     return found.squeeze(-1)
+
+
+def draw_some(tokens: torch.Tensor, logits: torch.Tensor, draws: Sequence[Draw], device: Device) -> None:
+    """Write the tokens of the rows that are drawn over those in ``tokens`` ``[rows]``, int32."""
+    if not draws:
+        return
+    host = device.host_empty(len(draws), 5, dtype=torch.float64)
+    host.copy_(torch.tensor(draws, dtype=torch.float64))
+    table = host.to(logits.device, non_blocking=True)
+    rows = table[:, 0].long()
+    drawn = draw(logits[rows], table[:, 1], table[:, 2].long(), table[:, 3], table[:, 4],
+                 largest_top_k=max(each[2] for each in draws), any_top_p=any(each[3] < 1 for each in draws))
+    tokens[rows] = drawn.int()
 
 
 def draw(

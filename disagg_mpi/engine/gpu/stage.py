@@ -18,10 +18,10 @@ from disagg_mpi.comm.group import GroupLink, as_bytes
 from disagg_mpi.comm.messages import Batch, PagedStep
 from disagg_mpi.engine.gpu.attention import DeviceAttention, DevicePool
 from disagg_mpi.engine.gpu.buffers import DeviceStep, StepBuffers, blank_step
-from disagg_mpi.engine.gpu.device import Device, Mark
+from disagg_mpi.engine.gpu.device import Device, Mark, Work
 from disagg_mpi.engine.gpu.graphs import StepGraphs, graph_sizes
 from disagg_mpi.engine.gpu.model import DeviceModel
-from disagg_mpi.engine.gpu.sampler import choose
+from disagg_mpi.engine.gpu.sampler import draw_some, likeliest
 from disagg_mpi.engine.gpu.tables import Ints, SeatTables, StepArrays, arrays_of
 from disagg_mpi.engine.scheduler import MAX_SCORED_TOKENS
 from disagg_mpi.engine.steps import OnLayer
@@ -34,7 +34,7 @@ class Queued:
     """What a queued step will have left in host memory when its mark is past."""
 
     tokens: torch.Tensor
-    """[drawn chunks] int64."""
+    """[drawn chunks] int32."""
     rows: torch.Tensor | None
     """[kept tokens, vocabulary] fp32."""
     mark: Mark
@@ -168,44 +168,65 @@ class DeviceStage:
     def _queue(self, step: PagedStep) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens that are drawn, and the logits to keep, on the device."""
         arrays = self._tables.arrays(step)
-        logits = self._logits(arrays)
+        logits, chosen = self._logits(arrays)
         num_drawn = len(step.drawn)
         if arrays.is_generation:  # rows of all chunks, in their order
             drawn, kept = (self._pick(logits, rows)
                            for rows in (arrays.rows[:num_drawn], arrays.rows[num_drawn:]))
         else:
             drawn, kept = logits[:num_drawn], logits[num_drawn:]
-        tokens = choose(drawn, step.draws, self._device)
-        if num_drawn:
+        tokens = likeliest(drawn) if chosen is None else self._pick(chosen, arrays.rows[:num_drawn])
+        draw_some(tokens, drawn, step.draws, self._device)
+        if num_drawn and (chosen is None or step.draws):
             seats = torch.from_numpy(arrays.seats[step.drawn].astype(np.int64))
-            self._last_tokens.index_copy_(0, self._to_device(seats), tokens.to(torch.int32))
+            self._seat(self._to_device(seats), tokens)
         return tokens, kept
 
-    def _logits(self, arrays: StepArrays) -> torch.Tensor:
-        """All ranks' logits: of every chunk of a generation step in order, else of the wanted rows."""
+    def _seat(self, seats: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Keep tokens for the next step of their requests."""
+        self._last_tokens.index_copy_(0, seats, tokens)
+
+    def _logits(self, arrays: StepArrays) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """All ranks' logits: of every chunk of a generation step in order, else of the wanted rows. Of a
+        captured step also the likeliest token of each, which its seat has by then."""
         size = self._graphs.size_for(arrays.num_chunks) if self._graphs and arrays.is_generation else None
         if self._graphs is None or size is None:
             step = self._buffers.upload(arrays)
             self._attention.begin(step)
-            return self._forward(step)
+            return self._forward(step), None
         step = self._buffers.upload(self._tables.padded(arrays, size))
         self._attention.begin(step)
-        return self._graphs.replay(size)[: arrays.num_chunks]
+        logits, tokens = self._graphs.replay(size)
+        return logits[: arrays.num_chunks], tokens[: arrays.num_chunks]
 
-    def _work(self, arrays: StepArrays) -> Callable[[], torch.Tensor]:
-        """A step to capture, ready to run."""
+    def _work(self, arrays: StepArrays) -> Work:
+        """A step to capture, ready to run: its logits, and the likeliest tokens.
+
+        Those are seated at once, whether or not they will be drawn: of a request whose token is chosen
+        otherwise the next step knows it, or has it from :meth:`_queue`.
+        """
         step = self._buffers.upload(arrays)
         self._attention.begin(step)
-        result = self._captured[: arrays.num_chunks]
-        return lambda: result.copy_(self._forward(step))
+        logits = self._captured[: arrays.num_chunks]
 
-    def _forward(self, step: DeviceStep) -> torch.Tensor:
-        """As :meth:`_logits`."""
+        def work() -> tuple[torch.Tensor, torch.Tensor]:
+            made = self._forward(step, logits)
+            if made is not logits:
+                logits.copy_(made)
+            tokens = likeliest(logits)
+            self._seat(step.seats.long(), tokens)
+            return logits, tokens
+
+        return work
+
+    def _forward(self, step: DeviceStep, out: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits of :meth:`_logits`; where it can be, in ``out``."""
         # A chunk of one token is that token: one kernel less.
-        last = self._last_tokens[step.seats if step.host.is_generation else step.seats[step.chunk_of]]
+        seats = step.seats if step.host.is_generation else step.seats[step.chunk_of]
+        last = self._last_tokens.index_select(0, seats)
         token_ids = torch.where(step.token_ids < 0, last, step.token_ids)
         rows = None if step.host.is_generation else step.rows
-        return self.model.whole(self.model(token_ids, step.positions, rows, self._attention))
+        return self.model.whole(self.model(token_ids, step.positions, rows, self._attention, out=out))
 
     def _receive(self, num_tokens: int) -> torch.Tensor:
         assert self._link is not None  # or this stage would be the first

@@ -33,12 +33,25 @@ class GatherTransport:
         self._view = view
         self._peers = {**peers, view.memory: pool}
         self._lane = Lane(pool.device)
+        # By source, layers, heads and tokens a cell: as many as there are pairs of ranks, about.
+        self._copies: dict[tuple[object, ...], kernels.Copy] = {}
 
     def receive(
         self, source: CacheView, source_block_ids: Sequence[int], block_ids: Sequence[int], box: Box
     ) -> Transfer:
         """Copy ``box`` out of ``source``; raises :class:`ValueError` if its memory is not open here, or its
         heads have another size or type."""
+        target = self._view
+        cells = kernels.cells_between(source, source_block_ids, target, block_ids, box)
+        key = source, box.first_layer, box.end_layer, box.first_head, box.end_head, cells.tokens
+        copy = self._copies.get(key)
+        if copy is None:
+            copy = self._copies[key] = self._copy(source, box, cells.tokens)
+        with self._lane.use():
+            copy.run(cells)
+            return _Gather(self._lane.mark(cells))
+
+    def _copy(self, source: CacheView, box: Box, tokens: int) -> kernels.Copy:
         target = self._view
         peer = self._peers.get(source.memory)
         if peer is None or source.host != target.host:
@@ -47,12 +60,9 @@ class GatherTransport:
                 f"{target.rank} of host {target.host}: {', '.join(sorted(self._peers))}")
         check_alike(source, target)
         check_pool(peer.nbytes, source)
-        cells = kernels.cells_between(source, source_block_ids, target, block_ids, box)
-        with self._lane.use():
-            kernels.copy(
-                kernels.pool_planes(peer, source, box), kernels.pool_planes(self._pool, target, box), cells,
-                2 * box.num_layers, target.row_bytes(box))
-            return _Gather(self._lane.mark(cells))
+        return kernels.Copy(
+            kernels.pool_planes(peer, source, box), kernels.pool_planes(self._pool, target, box), tokens,
+            2 * box.num_layers, target.row_bytes(box))
 
 
 class _Gather:

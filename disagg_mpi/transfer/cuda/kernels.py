@@ -4,7 +4,7 @@ A box of KV-cache, and a message with one, are the same thing here: *planes* of 
 row a token. Tokens go in *cells*, so many that lie together on both sides; a launch copies cells times
 planes, which the kernel in ``rows`` does on a GPU and torch's own indexing elsewhere, byte for byte alike.
 Everything is put into the caller's current stream and nothing is waited for. Cells are made anew for each
-transfer (0.02 ms for 256 blocks); nothing is kept between two.
+transfer; the rest of a copy (:class:`Copy`) may be kept by whoever copies between the same places again.
 """
 
 from __future__ import annotations
@@ -25,18 +25,20 @@ import torch
 from disagg_mpi.transfer.layout import Box, CacheView
 
 # One program's share. Reads at 1.5 TB/s that take 1 µs each need 11 KiB on their way at each of an H100's 132
-# SMs: a tile of 32 KiB is 8 loads of 16 bytes by each of 256 threads, all started before the first store, and
+# SMs: a tile of 32 KiB is 4 loads of 16 bytes by each of 512 threads, all started before the first store, and
 # several programs share an SM. It is also what 16 tokens of 8 heads of 128 are in a plane, so that a block's
 # piece there is one program, which reads its cell once.
 # The best of VARIANTS on an H200 too, by `benchmarks/gpu_handover.py --variants`.
 TILE_BYTES = 32 * 2**10
-NUM_WARPS = 8
+NUM_WARPS = 16
 VARIANTS = ((8192, 4), (16384, 4), (16384, 8), (32768, 4), (32768, 8), (32768, 16), (65536, 16))
 """(bytes of a tile, warps) that a benchmark tries."""
 _BYTES_A_WARP = 32 * 16 * 2  # at least two loads of 16 bytes by each thread: small cells take fewer warps
 
 # Host memory of this size is copied by the call itself (CUDA's "API synchronization behavior").
 _TAKEN_AT_ONCE = 64 * 2**10
+
+_MOST_SLOTS = 2**31
 
 # Copied by torch's indexing at once: it takes as much memory again.
 _INDEXED_BYTES = 64 * 2**20
@@ -54,8 +56,14 @@ class Planes(NamedTuple):
 
 
 def pool_planes(pool: torch.Tensor, view: CacheView, box: Box) -> Planes:
-    """Where ``box`` lies in a pool: a row's place in a plane is its token's slot."""
+    """Where ``box`` lies in a pool: a row's place in a plane is its token's slot.
+
+    Raises :class:`ValueError` for a pool whose slots are no 32-bit numbers.
+    """
     layout = view.layout
+    if layout.num_blocks * layout.tokens_per_block >= _MOST_SLOTS:
+        raise ValueError(f"a pool of {layout.num_blocks} blocks of {layout.tokens_per_block} tokens has more "
+                         "than 2**31 tokens")
     return Planes(pool, view.byte_of(box.first_layer, 0, 0, box.first_head), layout.plane_bytes,
                   layout.token_bytes)
 
@@ -74,8 +82,6 @@ class Cells:
     def __init__(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64], tokens: int,
                  num_tokens: int) -> None:
         """``tokens`` a cell, of ``num_tokens`` in all: the last cell may have fewer."""
-        if max(sources.max(initial=0), targets.max(initial=0)) + tokens >= 2**31:
-            raise ValueError("a pool of more than 2**31 tokens")
         self.tokens = tokens
         self.num_tokens = num_tokens
         self.table = np.empty((len(sources), 3), dtype=np.int32)
@@ -136,31 +142,58 @@ def cells_between(
                  box.num_tokens)
 
 
-def copy(source: Planes, target: Planes, cells: Cells, num_planes: int, row_bytes: int,
-         variant: tuple[int, int] = (TILE_BYTES, NUM_WARPS)) -> None:
-    """Copy ``row_bytes`` of each token in each plane; ``variant`` as in :data:`VARIANTS`."""
-    if not cells.num_tokens or not num_planes:
-        return
-    if not _has_kernel(target.memory.device):
-        _copy_indexed(source, target, cells, num_planes, row_bytes)
-        return
-    size = _element_bytes(source, target, row_bytes)
-    row = row_bytes // size
-    # The tile is a power of two, so rows of another length leave some of it unused.
-    tile = variant[0] // size
-    joined = row_bytes == source.token_bytes == target.token_bytes
-    longest = cells.tokens * row if joined else row
-    columns = min(tile, _power_of_two(longest))
-    rows = 1 if joined else min(_power_of_two(cells.tokens), tile // columns)
-    if not joined:
-        cells = cells.at_most(rows)
-    warps = max(1, min(variant[1], rows * columns * size // _BYTES_A_WARP))
-    grid = (len(cells.table), num_planes, -(-longest // columns))
-    _kernel()[grid](
-        _elements(source, size), _elements(target, size), cells.table_on(target.memory.device),
-        source.plane_bytes // size, target.plane_bytes // size, source.token_bytes // size,
-        target.token_bytes // size, row, JOINED=joined, ROWS=rows, COLUMNS=columns,
-        num_warps=warps)
+class Copy:
+    """A copy of ``row_bytes`` of each token in each of ``num_planes``, but for its cells.
+
+    Valid while both memories are. ``variant`` as in :data:`VARIANTS`.
+    """
+
+    def __init__(self, source: Planes, target: Planes, tokens: int, num_planes: int, row_bytes: int,
+                 variant: tuple[int, int] = (TILE_BYTES, NUM_WARPS)) -> None:
+        """``tokens``: of its cells."""
+        self._device = target.memory.device
+        self._num_planes = num_planes
+        size = _element_bytes(source, target, row_bytes)
+        self._sides = _elements(source, size), _elements(target, size)
+        row = row_bytes // size
+        self._distances = (source.plane_bytes // size, target.plane_bytes // size, source.token_bytes // size,
+                           target.token_bytes // size, row)
+        # The tile is a power of two, so rows of another length leave some of it unused.
+        tile = variant[0] // size
+        is_joined = row_bytes == source.token_bytes == target.token_bytes
+        longest = tokens * row if is_joined else row
+        columns = min(tile, _power_of_two(longest))
+        rows = 1 if is_joined else min(_power_of_two(tokens), tile // columns)
+        self._most_tokens = tokens if is_joined else rows
+        self._num_tiles = -(-longest // columns)
+        self._shape = is_joined, rows, columns
+        self._warps = max(1, min(variant[1], rows * columns * size // _BYTES_A_WARP))
+        self._kernel = _kernel() if _has_kernel(self._device) else None
+
+    def run(self, cells: Cells) -> None:
+        """In the current stream; not waited for."""
+        if not cells.num_tokens or not self._num_planes:
+            return
+        if self._kernel is None:
+            self._run_indexed(cells)
+            return
+        cells = cells.at_most(self._most_tokens)
+        self._kernel[len(cells.table), self._num_planes, self._num_tiles](
+            *self._sides, cells.table_on(self._device), *self._distances, *self._shape, num_warps=self._warps)
+
+    def _run_indexed(self, cells: Cells) -> None:
+        """The same with torch's indexing."""
+        *distances, row = self._distances
+        slots = [torch.from_numpy(cells.slots(column)) for column in (0, 1)]
+        here, there = (
+            torch.as_strided(side, (self._num_planes, int(index.max()) + 1, row), (plane, token, 1))
+            for side, index, plane, token in zip(
+                self._sides, slots, distances[:2], distances[2:], strict=True))
+        from_, to = (index.to(self._device) for index in slots)
+        step = max(1, _INDEXED_BYTES // (cells.num_tokens * row * here.element_size()))
+        for plane in range(0, self._num_planes, step):
+            part = slice(plane, plane + step)
+            there[part].index_copy_(1, to, here[part].index_select(1, from_))
 
 
 def copy_blocks(pool: torch.Tensor, view: CacheView, sources: Sequence[int], targets: Sequence[int],
@@ -175,7 +208,7 @@ def copy_blocks(pool: torch.Tensor, view: CacheView, sources: Sequence[int], tar
     cells = cells_between(view, sources, view, targets, box)
     planes = pool_planes(pool, view, box)
     with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
-        copy(planes, planes, cells, 2 * box.num_layers, view.row_bytes(box))
+        Copy(planes, planes, cells.tokens, 2 * box.num_layers, view.row_bytes(box)).run(cells)
 
 
 def best_variant(time_of: Callable[[tuple[int, int]], float]) -> Iterator[tuple[tuple[int, int], float]]:
@@ -200,23 +233,6 @@ def _kernel() -> Any:
     from disagg_mpi.transfer.cuda.rows import copy_cells
 
     return copy_cells
-
-
-def _copy_indexed(source: Planes, target: Planes, cells: Cells, num_planes: int, row_bytes: int) -> None:
-    """The same with torch's indexing."""
-    size = _element_bytes(source, target, row_bytes)
-    device = target.memory.device
-    slots = [torch.from_numpy(cells.slots(column)) for column in (0, 1)]
-    here, there = (
-        torch.as_strided(
-            _elements(side, size), (num_planes, int(index.max()) + 1, row_bytes // size),
-            (side.plane_bytes // size, side.token_bytes // size, 1))
-        for side, index in zip((source, target), slots, strict=True))
-    from_, to = (index.to(device) for index in slots)
-    step = max(1, _INDEXED_BYTES // (cells.num_tokens * row_bytes))
-    for plane in range(0, num_planes, step):
-        part = slice(plane, plane + step)
-        there[part].index_copy_(1, to, here[part].index_select(1, from_))
 
 
 def _element_bytes(source: Planes, target: Planes, row_bytes: int) -> int:

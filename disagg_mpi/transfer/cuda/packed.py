@@ -272,7 +272,7 @@ class _Moving(ABC):
         room = kernels.message_planes(self._arena.device, start, chunk.num_tokens, self._row_bytes)
         cells = self._cells(chunk, into_pool)
         source, target = (room, pool) if into_pool else (pool, room)
-        kernels.copy(source, target, cells, chunk.num_planes, self._row_bytes)
+        kernels.Copy(source, target, cells.tokens, chunk.num_planes, self._row_bytes).run(cells)
         return cells
 
     def _cells(self, chunk: Chunk, into_pool: bool) -> kernels.Cells:

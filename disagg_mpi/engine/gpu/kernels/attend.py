@@ -48,8 +48,7 @@ def attend_ones(  # type: ignore[no-untyped-def]
         if part >= PARTS:
             piece = ((part - PARTS) * KV_HEADS + head) * tl.num_programs(0) + request
             _ask_for(ahead.to(tl.pointer_type(tl.int8), bitcast=True) + piece * ASKED, ASKED)
-    if OVERLAPS:
-        gdc_wait()
+    # The step's tables were there before its first launch: they are read while the one before this ends.
     newest = tl.load(positions + request)
     first = 0
     if WINDOW > 0:
@@ -65,13 +64,16 @@ def attend_ones(  # type: ignore[no-untyped-def]
         rows = tl.arange(0, ROWS)
         row = qkv + request.to(tl.int64) * row_stride
         my_pages = pages + tl.load(page_starts + request)
+        if TURNS:
+            cos = tl.load(rotary + newest.to(tl.int64) * DIM + half)
+            sin = tl.load(rotary + newest.to(tl.int64) * DIM + HALF + half)
+        if OVERLAPS:
+            gdc_wait()
         query = row + (head * GROUP + rows[:, None]) * DIM + half[None, :]
         is_row = (rows < GROUP)[:, None]
         query1 = tl.load(query, mask=is_row, other=0.0)
         query2 = tl.load(query + HALF, mask=is_row, other=0.0)
         if TURNS:
-            cos = tl.load(rotary + newest.to(tl.int64) * DIM + half)
-            sin = tl.load(rotary + newest.to(tl.int64) * DIM + HALF + half)
             if end == newest + 1:
                 to = (tl.load(my_pages + newest // PAGE).to(tl.int64) * block_stride
                       + newest % PAGE * token_stride + head * head_stride)
