@@ -1,7 +1,8 @@
 """Brings blocks out of another rank's pool, which is opened here, straight to their place: one kernel.
 
 For ranks of one GPU, or of GPUs of one host that reach each other; the other rank does nothing. Made at start
-for one rank's view, with the pools that ``memory.share`` opened; it owns its stream and none of the pools.
+for one rank's view, with the pools that ``memory.share`` opened; it owns its stream, none of the pools, and what
+copies from one rank have in common: a request waits for what is laid out anew.
 """
 
 from __future__ import annotations
