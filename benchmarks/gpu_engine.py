@@ -320,7 +320,8 @@ class HostParts:
         self._watch(attention, "begin", "attention's plan")
         self._watch(graphs if graphs is not None else stage, "replay" if graphs is not None else "_forward",
                     "replay" if graphs is not None else "forward")
-        self._watch(stage_module, "likeliest", "choice")
+        if graphs is None:  # or it is in the replay
+            self._watch(stage_module, "likeliest", "choice")
         self._watch(stage_module, "draw_some", "draws")
         self._watch(stage, "_to_host", "to host")
 

@@ -201,7 +201,7 @@ def measure(bench: Bench, num_bytes: int, ask: Callable[[], Any], answer: Callab
 
 def alone(bench: Bench, work: Callable[[], Any]) -> float:
     """Seconds of ``work`` on the device, by its own clock: of a few in a row, so that the host's part of one
-    is hidden by the one before; median."""
+    is hidden by the one before; median. Of some MiB it measures the device's cache."""
     times = []
     for _ in range(_WARM + options.rounds):
         bench.synchronize()

@@ -37,6 +37,25 @@ def test_a_box_is_gathered(seed: int) -> None:
     assert np.array_equal(pool.numpy(), case.handed_over())
 
 
+def test_what_copies_have_in_common_is_kept() -> None:
+    """Other blocks, another length and a start within a block, through one transport."""
+    layout, shard = KvLayout(2, 2, 8, 4, 9, "bf16"), KvShard(0, 2, 0, 2)
+    source, target = (CacheView(rank, 0, f"pool {rank}", 0, layout, 0, 0, shard) for rank in (0, 1))
+    theirs = np.random.default_rng(0).integers(0, 256, layout.pool_bytes, dtype=np.uint8)
+    pool, wanted = torch.zeros(layout.pool_bytes, dtype=torch.uint8), np.zeros_like(theirs)
+    transport = GatherTransport(pool, target, {"pool 0": torch.from_numpy(theirs.copy())})
+    for (first, end), sources, targets, num_kept in (
+            ((0, 8), [5, 2], [1, 8], 1), ((4, 11), [0, 7, 3], [0, 2, 6], 1),
+            ((6, 9), [4, 1, 8], [4, 3, 5], 2)):
+        assert transport.receive(source, sources, targets, Box.of(shard, first, end)).done()
+        here, there = array_of(theirs, source), array_of(wanted, target)
+        for token in range(first, end):
+            at = token // 4, token % 4
+            there[:, :, targets[at[0]], at[1]] = here[:, :, sources[at[0]], at[1]]
+        assert np.array_equal(pool.numpy(), wanted)
+        assert len(transport._copies) == num_kept
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("variant", [kernels.VARIANTS[0], (64, 1)])
 def test_a_box_is_packed_and_unpacked(seed: int, variant: tuple[int, int]) -> None:
@@ -96,8 +115,8 @@ def test_a_cell_knows_its_tokens() -> None:
 
 
 def test_a_pool_has_slots_of_32_bits() -> None:
-    view = CacheView(0, 0, "pool", 0, KvLayout(1, 1, 8, 64, 2**25, "bf16"), 0, 0, KvShard(0, 1, 0, 1))
-    with pytest.raises(ValueError, match="33554432 blocks of 64 tokens has more"):
+    view = CacheView(0, 0, "pool", 0, KvLayout(1, 1, 8, 64, 2**25 + 1, "bf16"), 0, 0, KvShard(0, 1, 0, 1))
+    with pytest.raises(ValueError, match="33554433 blocks of 64 tokens has more"):
         kernels.pool_planes(torch.empty(0, dtype=torch.uint8), view, Box(0, 1, 0, 1, 0, 64))
 
 

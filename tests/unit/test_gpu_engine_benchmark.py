@@ -38,7 +38,7 @@ def test_generation_steps(tmp_path: Path) -> None:
         if row["steps"] == "whole executor":
             continue
         assert row["host"] > 0
-        assert {"message", "tables", "upload", "attention's plan", "choice"} <= set(row["host_parts"])
+        assert {"message", "tables", "upload", "attention's plan", "draws"} <= set(row["host_parts"])
     assert [each["what"] for each in found["profile"]] == [
         "Generation step, batch 1", "Generation step, batch 4"]
     assert "failed" not in found

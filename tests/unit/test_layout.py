@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import threading
 import time
@@ -114,6 +115,8 @@ def test_token_runs_are_the_slots_of_the_positions(case: Case) -> None:
     slots = [first + i for first, count in layout.token_runs(table, box.end_token, box.first_token)
              for i in range(count)]
     assert slots == [table[t // size] * size + t % size for t in range(box.first_token, box.end_token)]
+    for step in {1, math.gcd(box.first_token, size)}:
+        assert case.views[0].slots(table, box, step).tolist() == slots[::step]
 
 
 @settings(max_examples=300, deadline=None)
@@ -157,6 +160,8 @@ def view_of(shard: KvShard = WHOLE, *, rank: int = 0, num_blocks: int = 4, offse
 def test_what_a_view_does_not_have_is_refused(box: Box, blocks: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         view_of().pieces(blocks, box)
+    with pytest.raises(ValueError, match=message):
+        view_of().slots(blocks, box)
 
 
 def test_a_rank_may_not_reach_past_its_own_shard_of_an_exchange_pool() -> None:

@@ -171,9 +171,15 @@ class FewRows:
 
     @staticmethod
     def fits(qkv: nn.Linear, output: nn.Linear, gate_up: nn.Linear, down: nn.Linear) -> bool:
-        return not any(number % least for linear, least_ones in (
-            (qkv, (64, 256)), (output, (64, 256)), (gate_up, (256, 128)), (down, (64, 256)))
-            for number, least in zip(linear.weight.shape, least_ones, strict=True))
+        """Whether tiles cover these matrices exactly, for any number of rows of ``x``."""
+        for linear, is_gated in ((qkv, False), (output, False), (gate_up, True), (down, False)):
+            num_rows, num_columns = linear.weight.shape
+            for members in (FewRows._PLAIN_MOST, FewRows.most) if is_gated else (FewRows._PLAIN_MOST,):
+                tiles = tiling(members, num_columns, gated=is_gated)
+                height = 2 * tiles.rows if is_gated else tiles.rows
+                if num_rows % height or num_columns % (tiles.width * tiles.splits):
+                    return False
+        return True
 
     def normed(self, hidden: torch.Tensor, norm: torch.Tensor, linear: nn.Linear) -> torch.Tensor:
         normed = self._norm(hidden, norm)

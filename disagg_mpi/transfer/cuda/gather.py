@@ -1,8 +1,8 @@
 """Brings blocks out of another rank's pool, which is opened here, straight to their place: one kernel.
 
 For ranks of one GPU, or of GPUs of one host that reach each other; the other rank does nothing. Made at start
-for one rank's view, with the pools that ``memory.share`` opened. It owns its stream and none of the pools, and
-keeps what the copies from a rank have in common: a request waits for all that is made anew.
+for one rank's view, with the pools that ``memory.share`` opened. It owns its stream and none of the pools. It
+keeps what all copies from one rank have in common: a request waits for whatever is made anew.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def pool_planes(pool: torch.Tensor, view: CacheView, box: Box) -> Planes:
     Raises :class:`ValueError` for a pool whose slots are no 32-bit numbers.
     """
     layout = view.layout
-    if layout.num_blocks * layout.tokens_per_block >= _MOST_SLOTS:
+    if layout.num_blocks * layout.tokens_per_block > _MOST_SLOTS:
         raise ValueError(f"a pool of {layout.num_blocks} blocks of {layout.tokens_per_block} tokens has more "
                          "than 2**31 tokens")
     return Planes(pool, view.byte_of(box.first_layer, 0, 0, box.first_head), layout.plane_bytes,

@@ -69,6 +69,7 @@ class OnesAttention:
         query = torch.zeros(1, shape.num_heads, shape.head_dim, dtype=self._pool.dtype, device=place)
         first = torch.zeros(1, dtype=torch.int32, device=place)
         page_starts = torch.tensor([0, 1], dtype=torch.int32, device=place)
+        self._device.synchronize()  # the kernel does not wait for its tables
         for window in shape.windows:
             self._launch(0, query, self._partial, (first, first, page_starts), False, window,
                          torch.empty_like(query))

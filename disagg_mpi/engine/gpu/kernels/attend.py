@@ -35,7 +35,8 @@ def attend_ones(  # type: ignore[no-untyped-def]
     ``qkv`` ``[requests, (HEADS + 2 KV_HEADS) DIM]``, or without ``TURNS`` queries alone, turned, whose keys
     and values are in the pool; ``rotary`` fp32 ``[positions, DIM]``, cosines before sines; ``scale`` is of
     scores in base 2. ``partial`` fp32 ``[requests, KV_HEADS, PARTS, HEADS / KV_HEADS, DIM]``, its maxima and
-    sums without the last dimension; ``counters`` int32 ``[requests, KV_HEADS]``, zeros. Programs beyond
+    sums without the last dimension; ``counters`` int32 ``[requests, KV_HEADS]``, zeros. ``positions``,
+    ``page_starts`` and ``rotary`` are not of the launch before: they are read while it ends. Programs beyond
     ``PARTS`` ask for ``ASKED`` bytes each of ``ahead``, which the next launch will read.
     """
     GROUP: tl.constexpr = HEADS // KV_HEADS
@@ -48,7 +49,6 @@ def attend_ones(  # type: ignore[no-untyped-def]
         if part >= PARTS:
             piece = ((part - PARTS) * KV_HEADS + head) * tl.num_programs(0) + request
             _ask_for(ahead.to(tl.pointer_type(tl.int8), bitcast=True) + piece * ASKED, ASKED)
-    # The step's tables were there before its first launch: they are read while the one before this ends.
     newest = tl.load(positions + request)
     first = 0
     if WINDOW > 0:
