@@ -68,6 +68,7 @@ def test_launch_composes_the_line_and_passes_the_code_on(model: Path) -> None:
     assert "prterun" not in done.stderr
 
 
+@pytest.mark.openmpi_only
 def test_json_chat_n_and_sampling(model: Path) -> None:
     job = run("run", "--json", "--chat", "--prompt", "Name a colour.", "--temperature", "0.9", "--seed", "3",
               "-k", "2", "--max-tokens", "8", "--logprobs", "2", "--top-p", "0.95")
@@ -79,6 +80,7 @@ def test_json_chat_n_and_sampling(model: Path) -> None:
     assert len(data["logprobs"]) == len(data["token_ids"])
 
 
+@pytest.mark.openmpi_only
 def test_everything_from_a_config_file(model: Path, tmp_path: Path) -> None:
     config = tmp_path / "job.toml"
     config.write_text(f'model = "{model}"\ncontext = 1\ngeneration = 2\n[sampling]\nmax_tokens = 6\n'
@@ -95,6 +97,7 @@ def batch_file(path: Path, count: int, max_tokens: int) -> None:
          "ignore_eos": True}) + "\n" for n in range(count)))
 
 
+@pytest.mark.openmpi_only
 def test_batch_reports_bad_lines_and_resumes_without_repeating(model: Path, tmp_path: Path) -> None:
     questions, answers = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     batch_file(questions, 4, 4)
@@ -251,6 +254,7 @@ def test_usage_errors_are_one_line_and_code_2(
     job.assert_clean(in_mpi_init=True)
 
 
+@pytest.mark.openmpi_only
 @pytest.mark.parametrize("text", [
     "\x00\x01garbage = [", "contxt = 1", "context = 'many'", "[sampling]\ntop_p = 7", "sampling = 3"])
 def test_garbage_in_a_config_file(text: str, tmp_path: Path) -> None:
@@ -262,6 +266,7 @@ def test_garbage_in_a_config_file(text: str, tmp_path: Path) -> None:
     assert str(config) in job.stderr or "top_p" in job.stderr
 
 
+@pytest.mark.openmpi_only
 def test_truncated_and_unknown_models(model: Path, tmp_path: Path) -> None:
     cut = tmp_path / "cut"
     cut.mkdir()
@@ -282,6 +287,7 @@ def test_truncated_and_unknown_models(model: Path, tmp_path: Path) -> None:
     assert job.returncode == 2 and "sorcery" in our_lines(job.stderr)[0], job.text
 
 
+@pytest.mark.openmpi_only
 def test_prompt_past_the_context_length_is_a_result_with_an_error(model: Path) -> None:
     job = run("run", "--json", "--prompt", "word " * 9000)
     assert job.returncode == 1, job.text

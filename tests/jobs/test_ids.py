@@ -52,6 +52,7 @@ def test_the_ranks_that_ids_name_do_the_work(
     assert found == [expected.tolist()] * 3
 
 
+@pytest.mark.openmpi_only
 @pytest.mark.parametrize(("ids", "headline", "marked"), [
     (["--context-participant-ids", "1,2", "--generation-participant-ids", "2"],
      "LayoutError: rank 2 is named by context 0 and by generation 0", "rank 2 .*<-- taken twice"),
@@ -75,6 +76,7 @@ def test_wrong_ids_are_shown_once_on_a_map(ids: list[str], headline: str, marked
     check_refused(["--prompt", "x", *ids], headline, marked)
 
 
+@pytest.mark.openmpi_only
 def test_a_shape_that_does_not_divide_the_heads(tmp_path: Path) -> None:
     odd = save_tiny_model(tmp_path / "odd", hidden_size=48, num_attention_heads=6,
                           num_key_value_heads=3)

@@ -77,6 +77,7 @@ def test_the_guides_client(server: ServingJob, stream: bool) -> None:
     assert last.id == "1" and last.parameters["triton_final_response"].bool_param
 
 
+@pytest.mark.openmpi_only
 def test_kserve_over_http(server: ServingJob) -> None:
     with httpclient.InferenceServerClient(server.http.removeprefix("http://")) as client:
         assert client.is_server_ready() and client.is_model_ready("ensemble")
@@ -90,6 +91,7 @@ def test_kserve_over_http(server: ServingJob) -> None:
 # ---- OpenAI's ----
 
 
+@pytest.mark.openmpi_only
 def test_openais_client(server: ServingJob) -> None:
     client = openai.OpenAI(base_url=f"{server.http}/v1", api_key="none", max_retries=0)
     (model,) = client.models.list()
@@ -129,6 +131,7 @@ def test_a_client_that_leaves_frees_both_sides_within_a_second(server: ServingJo
         time.sleep(0.02)
 
 
+@pytest.mark.openmpi_only
 def test_metrics_and_health(server: ServingJob) -> None:
     before = server.metric("disagg_mpi_generated_tokens_total")
     httpx.post(f"{server.http}/v1/completions", json={"prompt": PROMPT, "max_tokens": 5}, timeout=SECONDS)
