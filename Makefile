@@ -65,8 +65,8 @@ test-mpich: $(VENV_MPICH)/.test
 	$(VENV_MPICH)/bin/python tests/mpirun.py -n 3 --timeout 300 -- -m pytest --with-mpi -p no:cacheprovider tests/mpi
 	$(VENV_MPICH)/bin/python -m pytest tests/failure tests/jobs tests/hosts tests/slurm -m "(jobs or slurm) and not openmpi_only"
 
-# Not a part of `test`: everything there is skipped without a device.
-test-gpu: $(VENV)/.test
+# Not a part of `test`, where everything there would be skipped: without a GPU this says so and ends.
+test-gpu: gpu-check $(VENV)/.test $(VENV)/.cuda
 	$(PY) -m pytest tests/gpu
 
 lint: $(VENV)/.test

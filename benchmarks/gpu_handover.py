@@ -69,7 +69,7 @@ MIB = 2**20
 NUM_LAYERS, NUM_HEADS, HEAD_DIM, BLOCK = 32, 8, 128, 16  # Llama-3-8B
 BLOCK_BYTES = 2 * NUM_LAYERS * BLOCK * NUM_HEADS * HEAD_DIM * 2
 _FACTOR = 0x9E3779B97F4A7C15 - 2**64  # odd, so that no two elements are equal
-_WARM, _GO, _STOP = 2, 1, 0
+_WARM, _GO = 2, 1
 _IN_A_ROW = 5
 _TAG = 5
 

@@ -78,8 +78,8 @@ class DeviceModel:
 
         ``token_ids`` ``[tokens]`` matter to the first stage and ``hidden`` ``[tokens, hidden_size]`` to the
         others. The last stage returns this rank's logits at ``rows`` (``None``: of all tokens), ``[rows,
-        vocab_range's length]``, in ``out`` where that is given and can be used; the others hidden
-        states for the next.
+        vocab_range's length]``, in ``out`` where that is given and can be used; the others hidden states for
+        the next.
         """
         if self._llama is not None:
             if self.is_first:
