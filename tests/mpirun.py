@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import IO
 
 import psutil
+from processes import still_alive
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,9 +63,7 @@ class JobResult:
 
         Ranks that are killed while they are ``in_mpi_init`` leave files, which nobody can prevent.
         """
-        end = time.monotonic() + _GRACE_SECONDS
-        while (survivors := [p for p in self.processes if _is_alive(p)]) and time.monotonic() < end:
-            time.sleep(0.02)
+        survivors = still_alive(self.processes, within=_GRACE_SECONDS)
         left = sorted(path for path in self.segments if os.path.exists(path))
         assert not survivors, f"processes outlive the job: {survivors}\n{self.text}"
         assert in_mpi_init or not left, f"files outlive the job: {left}\n{self.text}"
@@ -244,14 +243,6 @@ def job_environment() -> dict[str, str]:
     if os.geteuid() == 0:
         env |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return env
-
-
-def _is_alive(process: psutil.Process) -> bool:
-    # is_running() compares start times too: a new process with the old number is not ours.
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
 
 
 def _make_controlling_terminal() -> None:

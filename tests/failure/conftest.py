@@ -1,18 +1,10 @@
-"""Makes ``tests/mpirun.py`` and ``tests/unit/inprocess.py`` importable; a tiny model; a marker."""
+"""Jobs that fail: a tiny model for them."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(TESTS), str(TESTS / "unit")]
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "jobs: starts real jobs under mpirun (seconds each)")
 
 
 @pytest.fixture(scope="session")

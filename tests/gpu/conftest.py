@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-TESTS = Path(__file__).resolve().parent.parent
-sys.path += [str(TESTS), str(TESTS / "unit"), str(TESTS / "jobs")]  # mpirun.py, cudacase.py, serving_job.py
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/mpirun.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "jobs"))  # reference.py
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # emulated.py
-
 from emulated import EmulatedHosts, why_not
 
 

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "unit"))  # inprocess.py
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/mpirun.py
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # reference.py
-
 from mpirun import mpi_family
 
 

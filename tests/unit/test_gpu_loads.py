@@ -6,11 +6,8 @@ import math
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-
 import gpu_pays
+import pytest
 from gpu_common import Arrival, Figures
 from gpu_pays import Reader, figures_of, trace_figures, verdicts
 

@@ -8,9 +8,9 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
+from processes import assert_gone
 
 from disagg_mpi.errors import JobFailed, WorldTooSmallError
 from disagg_mpi.job import guards, segments
@@ -93,19 +93,7 @@ def test_a_rank_dies_with_its_launcher() -> None:
               "print(child.stdout.readline().decode(), flush=True)")
     done = subprocess.run([sys.executable, "-c", parent, rank], env={**os.environ, **LAUNCHED},
                           timeout=30, capture_output=True, text=True, check=True)
-    pid = int(done.stdout)
-    end = time.monotonic() + 5
-    while is_alive(pid) and time.monotonic() < end:
-        time.sleep(0.01)
-    assert not is_alive(pid)
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        with open(f"/proc/{pid}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
+    assert_gone(int(done.stdout))
 
 
 def test_sigusr1_shows_the_stacks_of_all_threads() -> None:

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from processes import assert_gone
 
 from disagg_mpi.cli.launch import NoticeFilter
 from disagg_mpi.comm.environment import LauncherContext, SlurmAllocation
@@ -237,18 +237,4 @@ class TestSignals:
         process, rank, mpirun = job
         os.kill(mpirun if victim == "mpirun" else process.pid, signal.SIGKILL)
         process.wait(timeout=20)
-        assert_gone(rank)
-        assert_gone(mpirun)
-
-
-def assert_gone(pid: int) -> None:
-    """Dead, or dead and not yet reaped by whoever adopted it."""
-    end = time.monotonic() + 10
-    while time.monotonic() < end:
-        try:
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
-                return
-        except FileNotFoundError:
-            return
-        time.sleep(0.02)
-    raise AssertionError(f"process {pid} is still there")
+        assert_gone(rank, mpirun)

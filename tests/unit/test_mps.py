@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_mpirun import INTEL, MPICH, OPENMPI, USER, assert_gone
+from processes import assert_gone
+from test_mpirun import INTEL, MPICH, OPENMPI, USER
 
 from disagg_mpi.comm.environment import LauncherContext
 from disagg_mpi.comm.installs import MpiInstall
@@ -47,8 +48,8 @@ elif words == ["quit"] and not (here / "deaf").exists():
 MPIRUN = """#!{python}
 import os, signal, sys, time
 words = sys.argv[1:]
+signal.signal(signal.SIGINT, lambda *_: sys.exit(5))  # before a line that says it is there
 print(os.getpid(), *[word for word in words if word.startswith("CUDA_MPS_")], flush=True)
-signal.signal(signal.SIGINT, lambda *_: sys.exit(5))
 if words[-1] == "stay":
     time.sleep(60)
 sys.exit(int(words[-1]))

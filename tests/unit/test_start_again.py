@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tests/mpirun.py
-
 import mpirun
+import pytest
 
 
 @pytest.mark.parametrize(("text", "num_starts"), [
