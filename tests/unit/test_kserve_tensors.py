@@ -28,7 +28,7 @@ from disagg_mpi.frontend.kserve.ensemble import (
 )
 from disagg_mpi.frontend.kserve.models import as_json, default_models
 from disagg_mpi.frontend.kserve.replies import Reply, Row, stack
-from disagg_mpi.frontend.kserve.rpc import StreamEncoder
+from disagg_mpi.frontend.kserve.rpc_messages import StreamEncoder
 from disagg_mpi.frontend.kserve.service import Call
 from disagg_mpi.frontend.kserve.tensors import (
     Incoming,

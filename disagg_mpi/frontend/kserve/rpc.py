@@ -11,19 +11,26 @@ import asyncio
 import hmac
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from disagg_mpi import __version__
-from disagg_mpi.errors import ConfigError, DisaggError, RequestError
+from disagg_mpi.errors import ConfigError, DisaggError
 from disagg_mpi.frontend.gate import Gate
-from disagg_mpi.frontend.kserve import tensors
+from disagg_mpi.frontend.kserve import rules
 from disagg_mpi.frontend.kserve.models import Model, Models
-from disagg_mpi.frontend.kserve.replies import Reply, stack
-from disagg_mpi.frontend.kserve.service import Call, Service
+from disagg_mpi.frontend.kserve.replies import stack
+from disagg_mpi.frontend.kserve.rpc_messages import (
+    Parsed,
+    StreamEncoder,
+    call_of,
+    parse,
+    response_of,
+    stream_error,
+)
+from disagg_mpi.frontend.kserve.service import Service
 from disagg_mpi.frontend.kserve.statistics import Statistics
 from disagg_mpi.frontend.kserve.statuses import status_of
 
@@ -31,14 +38,8 @@ _log = logging.getLogger(__name__)
 
 _SERVICE = "inference.GRPCInferenceService"
 
-EXTENSIONS = ("binary_tensor_data", "generate", "model_configuration", "model_repository", "parameters",
-              "statistics")
-
 # Seen without a key: what asks whether the server lives has none.
 _OPEN_METHODS = frozenset(f"/{_SERVICE}/{name}" for name in ("ServerLive", "ServerReady"))
-
-# A malformed message is its sender's mistake: it must reach a method, or gRPC calls it our internal error.
-_Parsed: TypeAlias = service_pb2.ModelInferRequest | DecodeError
 
 
 def make_grpc_server(
@@ -135,18 +136,11 @@ def _handlers(servicer: _Servicer) -> grpc.GenericRpcHandler:
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, registry)
     handlers = registry.handlers
     handlers["ModelInfer"] = grpc.unary_unary_rpc_method_handler(
-        servicer.ModelInfer, request_deserializer=_parse,
+        servicer.ModelInfer, request_deserializer=parse,
         response_serializer=service_pb2.ModelInferResponse.SerializeToString)
     handlers["ModelStreamInfer"] = grpc.stream_stream_rpc_method_handler(
-        servicer.ModelStreamInfer, request_deserializer=_parse)
+        servicer.ModelStreamInfer, request_deserializer=parse)
     return grpc.method_handlers_generic_handler(_SERVICE, handlers)
-
-
-def _parse(data: bytes) -> _Parsed:
-    try:
-        return service_pb2.ModelInferRequest.FromString(data)
-    except DecodeError as error:
-        return error
 
 
 class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
@@ -158,31 +152,31 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     # ---- inference ----
 
     async def ModelInfer(
-        self, request: _Parsed, context: grpc.aio.ServicerContext
+        self, request: Parsed, context: grpc.aio.ServicerContext
     ) -> service_pb2.ModelInferResponse | None:
         try:
-            call = _call_of(request, may_stream=False)
+            call = call_of(request, may_stream=False)
             async with self._service.infer(call) as replies:
                 outputs = stack([reply async for reply in replies])
         except Exception as error:
             status = status_of(error)
             await context.abort(status.code, status.message)
             return None
-        return _response(call, self._service.models.get(call.model), outputs)
+        return response_of(call, self._service.models.get(call.model), outputs)
 
     async def ModelStreamInfer(
-        self, requests: AsyncIterator[_Parsed], context: grpc.aio.ServicerContext
+        self, requests: AsyncIterator[Parsed], context: grpc.aio.ServicerContext
     ) -> None:
         writer = _Writer(context)
         async with asyncio.TaskGroup() as tasks:
             async for request in requests:
                 tasks.create_task(self._answer(request, writer))
 
-    async def _answer(self, request: _Parsed, writer: _Writer) -> None:
+    async def _answer(self, request: Parsed, writer: _Writer) -> None:
         """All replies to one request of a stream; an error is the last of them."""
         try:
             try:
-                call = _call_of(request, may_stream=True)
+                call = call_of(request, may_stream=True)
                 async with self._service.infer(call) as replies:
                     encoder = StreamEncoder(call, self._service.models.get(call.model))
                     async for reply in replies:
@@ -190,7 +184,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
             except _ClientGoneError:
                 raise
             except Exception as error:
-                await writer.write(_stream_error(request, status_of(error).message))
+                await writer.write(stream_error(request, status_of(error).message))
         except _ClientGoneError as error:
             _log.debug("a stream's client left: %s", error.__cause__)
 
@@ -204,7 +198,7 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
 
     async def ServerMetadata(self, request: Any, context: Any) -> service_pb2.ServerMetadataResponse:
         return service_pb2.ServerMetadataResponse(
-            name="disagg_mpi", version=__version__, extensions=EXTENSIONS)
+            name="disagg_mpi", version=__version__, extensions=rules.EXTENSIONS)
 
     async def ModelReady(self, request: Any, context: Any) -> service_pb2.ModelReadyResponse:
         is_known = self._service.models.has(request.name, request.version)
@@ -239,158 +233,38 @@ class _Servicer(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[
     # ---- what does not apply here ----
 
     async def RepositoryModelLoad(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_LOADING)
+        await _refuse(context, rules.NO_LOADING)
 
     async def RepositoryModelUnload(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_LOADING)
+        await _refuse(context, rules.NO_LOADING)
 
     async def SystemSharedMemoryStatus(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def SystemSharedMemoryRegister(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def SystemSharedMemoryUnregister(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def CudaSharedMemoryStatus(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def CudaSharedMemoryRegister(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def CudaSharedMemoryUnregister(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_SHARED_MEMORY)
+        await _refuse(context, rules.NO_SHARED_MEMORY)
 
     async def TraceSetting(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_TRACING)
+        await _refuse(context, rules.NO_TRACING)
 
     async def LogSettings(self, request: Any, context: grpc.aio.ServicerContext) -> None:
-        await _refuse(context, NO_LOG_SETTINGS)
-
-
-NO_LOADING = ("models are loaded when the job starts and stay until it ends; start a job with another "
-              "repository instead")
-NO_SHARED_MEMORY = "tensors come and go in messages; memory of a client is never opened"
-NO_TRACING = "there is no tracing; ModelStatistics and the metrics port say where time goes"
-NO_LOG_SETTINGS = "logging is set where the job is started"
+        await _refuse(context, rules.NO_LOG_SETTINGS)
 
 
 async def _refuse(context: grpc.aio.ServicerContext, why: str) -> None:
     await context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
-
-
-# ---- messages ----
-
-
-def _call_of(request: _Parsed, *, may_stream: bool) -> Call:
-    """What a message asks for; its tensors stay undecoded. Raises :class:`RequestError`."""
-    if isinstance(request, DecodeError):
-        raise RequestError(f"the message is not a ModelInferRequest: {request}")
-    raw = request.raw_input_contents
-    if raw and len(raw) != len(request.inputs):
-        raise RequestError(f"{len(request.inputs)} inputs have {len(raw)} raw_input_contents; there is one "
-                           "for each, or none where all have contents")
-    inputs = []
-    for position, given in enumerate(request.inputs):
-        _refuse_shared_memory("input", given)
-        if not raw:
-            inputs.append(tensors.from_contents(given.name, given.datatype, given.shape, given.contents))
-        elif given.contents.ByteSize():
-            raise RequestError(f"input '{given.name}' has contents beside raw_input_contents; give one of "
-                               "them")
-        else:
-            inputs.append(tensors.from_raw(given.name, given.datatype, given.shape, raw[position]))
-    for wanted in request.outputs:
-        _refuse_shared_memory("output", wanted)
-        if "classification" in wanted.parameters:
-            raise RequestError(f"output '{wanted.name}' is text or numbers, not classes")
-    names = frozenset(wanted.name for wanted in request.outputs)
-    return Call(request.model_name, request.model_version, request.id, inputs, names or None,
-                _timeout_of(request), may_stream)
-
-
-def _refuse_shared_memory(what: str, tensor: Any) -> None:
-    if "shared_memory_region" in tensor.parameters:
-        raise RequestError(f"{what} '{tensor.name}' lies in shared memory: {NO_SHARED_MEMORY}")
-
-
-def _timeout_of(request: service_pb2.ModelInferRequest) -> float | None:
-    """Triton's request timeout, in seconds; 0 is none."""
-    if "timeout" not in request.parameters:
-        return None
-    given = request.parameters["timeout"]
-    value = getattr(given, given.WhichOneof("parameter_choice") or "int64_param")
-    return timeout_seconds(value)
-
-
-def timeout_seconds(value: Any) -> float | None:
-    """The parameter ``timeout``, in microseconds on the wire. Raises :class:`RequestError`."""
-    if type(value) is not int or value < 0:
-        raise RequestError(f"the parameter timeout is {value!r}; it is a whole number of microseconds")
-    return value / 1e6 or None
-
-
-def _response(call: Call, model: Model, outputs: list[tensors.Outgoing]) -> service_pb2.ModelInferResponse:
-    response = service_pb2.ModelInferResponse(
-        model_name=model.name, model_version=model.version, id=call.id,
-        raw_output_contents=[output.raw() for output in outputs])
-    for output in outputs:
-        response.outputs.add(name=model.theirs(output.name), datatype=output.datatype, shape=output.shape)
-    return response
-
-
-def _stream_error(request: _Parsed, message: str) -> bytes:
-    response = service_pb2.ModelStreamInferResponse(error_message=message)
-    if isinstance(request, service_pb2.ModelInferRequest):
-        response.infer_response.id = request.id
-        response.infer_response.model_name = request.model_name
-    response.infer_response.parameters["triton_final_response"].bool_param = True
-    data: bytes = response.SerializeToString()
-    return data
-
-
-class StreamEncoder:
-    """The replies of one request of a stream, as serialised ``ModelStreamInferResponse`` messages.
-
-    All but the text is the same in nearly every reply, so that part is serialised once: protobuf allows to
-    append a field to a message that is serialised already. Every reply says whether it is the last:
-    clients take a reply without ``triton_final_response`` for one that is.
-    """
-
-    def __init__(self, call: Call, model: Model) -> None:
-        self._call = call
-        self._model = model
-        self._starts = tuple(self._start(is_final) for is_final in (False, True))
-
-    def encode(self, reply: Reply) -> bytes:
-        if reply.text is None or reply.others:
-            response = _response(self._call, self._model, reply.outputs())
-            response.parameters["triton_final_response"].bool_param = reply.is_final
-            body: bytes = response.SerializeToString()
-        else:
-            text = reply.text.encode()
-            # raw_output_contents (6): one element of BYTES.
-            body = b"".join((self._starts[reply.is_final], b"\x32", _varint(len(text) + 4),
-                             len(text).to_bytes(4, "little"), text))
-        return b"\x12" + _varint(len(body)) + body  # infer_response (2)
-
-    def _start(self, is_final: bool) -> bytes:
-        response = service_pb2.ModelInferResponse(
-            model_name=self._model.name, model_version=self._model.version, id=self._call.id)
-        response.parameters["triton_final_response"].bool_param = is_final
-        response.outputs.add(name=self._model.theirs("text_output"), datatype="BYTES", shape=[1])
-        data: bytes = response.SerializeToString()
-        return data
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 0x7F:
-        encoded.append(value & 0x7F | 0x80)
-        value >>= 7
-    encoded.append(value)
-    return bytes(encoded)
 
 
 class _ClientGoneError(Exception):
