@@ -27,7 +27,9 @@ from disagg_mpi.engine.steps import StepOutput, Steps
 from disagg_mpi.errors import RequestError
 from disagg_mpi.request import ContextPhaseParams, FinishReason, PoolBlocks
 from disagg_mpi.transfer.layout import runs_of
-from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
+from disagg_mpi.transfer.offers import Released
+from disagg_mpi.transfer.pulls import Pulled
+from disagg_mpi.transfer.transceiver import Transceiver
 
 
 class NewToken(msgspec.Struct, frozen=True):

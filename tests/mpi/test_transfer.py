@@ -20,7 +20,7 @@ from disagg_mpi.model.checkpoint import ModelSpec
 from disagg_mpi.prefix import PrefixTags
 from disagg_mpi.shapes import Instance
 from disagg_mpi.topology import Group, Role, Topology
-from disagg_mpi.transfer import transceiver as transceiver_module
+from disagg_mpi.transfer import offers
 from disagg_mpi.transfer.directory import COPY, MPI, SHARED, CacheDirectory
 from disagg_mpi.transfer.layout import CacheView
 from disagg_mpi.transfer.memory import SharedMemory, private_memory
@@ -312,7 +312,7 @@ def test_requests_of_all_fates_at_once(
     world: MpiModule.Intracomm, side: Side, agree: Any, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
     """Many in flight; each ends once on both sides, with its bytes where it was not given up."""
-    monkeypatch.setattr(transceiver_module, "MIN_PIECE_TOKENS", 4)
+    monkeypatch.setattr(offers, "MIN_PIECE_TOKENS", 4)
     requests = make_requests(side, 12, seed)
     problems = side.problems
     for request in requests:

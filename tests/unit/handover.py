@@ -23,7 +23,9 @@ from disagg_mpi.topology import build_topology
 from disagg_mpi.transfer.directory import CacheDirectory
 from disagg_mpi.transfer.memory import private_memory
 from disagg_mpi.transfer.mover import Mover
-from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
+from disagg_mpi.transfer.offers import Released
+from disagg_mpi.transfer.pulls import Pulled
+from disagg_mpi.transfer.transceiver import Transceiver
 from disagg_mpi.transfer.transports import CopyTransport, MemoryTransport, MemoryWire, Pool
 
 Bytes = npt.NDArray[np.uint8]
@@ -188,7 +190,7 @@ class Ranks:
         for rank, transceiver in self.transceivers.items():
             assert (rank, transceiver.num_open, transceiver.is_moving) == (rank, 0, False)
             assert not transceiver.is_urgent
-            kept = (transceiver._watched, transceiver._by_source, transceiver._pieces,
-                    self.movers[rank]._tags, self.movers[rank]._left)
+            assert transceiver.is_idle, rank
+            kept = self.movers[rank]._tags, self.movers[rank]._left
             assert not any(kept), (rank, kept)
         assert self.wire._sides == {}

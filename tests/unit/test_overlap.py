@@ -36,7 +36,7 @@ from disagg_mpi.comm.messages import (
 from disagg_mpi.orchestrator.table import State
 from disagg_mpi.request import ExecutorRequest, RequestType
 from disagg_mpi.topology import Role
-from disagg_mpi.transfer import transceiver
+from disagg_mpi.transfer import offers
 
 CONTEXT, GENERATION = 0, 1
 PROMPT = [(11 * i * i + 5) % 128 for i in range(50)]
@@ -45,7 +45,7 @@ REQUEST = executor_request(1, PROMPT, max_tokens=6)
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transceiver, "MIN_PIECE_TOKENS", 8)
+    monkeypatch.setattr(offers, "MIN_PIECE_TOKENS", 8)
 
 
 def lead(jobs: Any, *roles: Role, **options: Any) -> LedJob:
@@ -104,7 +104,7 @@ def test_the_pieces_arrive_before_the_context_is_over(jobs: Any, undisturbed: Un
 @pytest.mark.parametrize("least", [1, 30])
 def test_the_number_of_messages_does_not_grow_with_the_prompt(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch, least: int) -> None:
-    monkeypatch.setattr(transceiver, "MIN_PIECE_TOKENS", least)
+    monkeypatch.setattr(offers, "MIN_PIECE_TOKENS", least)
     path = save_tiny_model(tmp_path / "deep", num_hidden_layers=18)
     tokens = []
     for overlap_tokens in (1, 10_000):
@@ -114,8 +114,8 @@ def test_the_number_of_messages_does_not_grow_with_the_prompt(
         led.finish()
         assert led.problems() == []
         if overlap_tokens == 1:
-            assert transceiver.MAX_PIECES // 2 < counts[Announce] == counts[PullRequest]
-            assert counts[PullRequest] <= transceiver.MAX_PIECES + transceiver.MAX_LAYER_GROUPS
+            assert offers.MAX_PIECES // 2 < counts[Announce] == counts[PullRequest]
+            assert counts[PullRequest] <= offers.MAX_PIECES + offers.MAX_LAYER_GROUPS
         else:
             assert (counts[Announce], counts[PullRequest]) == (0, 1)
         led.job.close()

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from disagg_mpi.comm.messages import Announce, Ended, PartDone, PullPart, PullRequest, Release, Watch
 from disagg_mpi.errors import ConfigError, IntegrityError, RequestError
-from disagg_mpi.transfer import transceiver as transceiver_module
-from disagg_mpi.transfer import transports
+from disagg_mpi.transfer import offers, transports
 from disagg_mpi.transfer.directory import COPY, MPI, SHARED
 from disagg_mpi.transfer.memory import check_shared_memory, private_memory
-from disagg_mpi.transfer.transceiver import MAX_LAYER_GROUPS, MAX_PIECES, Pulled, Released
+from disagg_mpi.transfer.offers import MAX_LAYER_GROUPS, MAX_PIECES, Released
+from disagg_mpi.transfer.pulls import Pulled
 
 # Context rank 1 and generation rank 2, and how bytes pass between them.
 WAYS: dict[str, dict[str, Any]] = {
@@ -30,7 +30,7 @@ SHAPES = ["tp1", "tp2", "tp4", "tp8", "pp2", "pp3", "tp2pp2", "tp4pp2", "tp8pp2"
 
 @pytest.fixture
 def short_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transceiver_module, "MIN_PIECE_TOKENS", 1)
+    monkeypatch.setattr(offers, "MIN_PIECE_TOKENS", 1)
 
 
 def kinds(events: list[Any]) -> list[tuple[type, int]]:
@@ -144,7 +144,7 @@ def test_a_watched_context_arrives_while_it_is_computed(way: str, data: st.DataO
     case = Case(data, way)
     ranks, num_tokens = case.ranks, case.num_tokens
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transceiver_module, "MIN_PIECE_TOKENS", data.draw(st.integers(1, 8)))
+        patch.setattr(offers, "MIN_PIECE_TOKENS", data.draw(st.integers(1, 8)))
         cuts = sorted(data.draw(st.sets(st.integers(1, max(1, num_tokens - 1)), max_size=12)) - {num_tokens})
         watch_at = data.draw(st.integers(0, len(cuts) + 1))
         by_layer = data.draw(st.booleans())
@@ -738,7 +738,7 @@ def test_everything_ends_once_in_any_order(way: dict[str, Any], data: st.DataObj
         return len(events)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(transceiver_module, "MIN_PIECE_TOKENS", 1)
+        patch.setattr(offers, "MIN_PIECE_TOKENS", 1)
         patch.setattr(transports, "_SLAB_BYTES", 200)
         patch.setattr(transports, "_CALL_BYTES", 1)
         ranks.network.holds = True
