@@ -150,7 +150,7 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     """Requests in one step of an instance."""
     max_num_tokens: int | None = None
     """Token budget of one step: generation tokens first, context chunks in what is left. ``None``: 512 on
-    processors, 4,096 on GPUs."""
+    processors, 4,096 on GPUs, ``max_batch_size`` where that is more."""
     threads: int | None = None
     """Compute threads a rank; ``None``: cores // engine ranks on the host."""
     start_timeout: float = 600.0
@@ -251,7 +251,8 @@ class JobConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     @property
     def token_budget(self) -> int:
         """Tokens of one step of an instance."""
-        return self.max_num_tokens or (DEFAULT_GPU_NUM_TOKENS if self.uses_gpus else DEFAULT_NUM_TOKENS)
+        default = DEFAULT_GPU_NUM_TOKENS if self.uses_gpus else DEFAULT_NUM_TOKENS
+        return self.max_num_tokens or max(default, self.max_batch_size)
 
     @property
     def pool_tokens(self) -> int:

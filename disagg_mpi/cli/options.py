@@ -109,7 +109,7 @@ _JOB_OPTIONS = [
                  help="Requests in one step of an instance. [default: 64]"),
     click.option("--max-num-tokens", type=int, metavar="N",
                  help="Token budget of one step; longer prompts are computed in chunks. "
-                      "[default: 512, on GPUs 4096]"),
+                      "[default: 512, on GPUs 4096, --max-batch-size at least]"),
     click.option("--threads", type=int, metavar="N",
                  help="Compute threads a rank. [default: cores // engine ranks on the host]"),
     click.option("--engine", type=click.Choice(["torch", "tensorrt_llm", "null"]),

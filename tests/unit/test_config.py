@@ -72,6 +72,13 @@ def test_what_no_job_could_run_with_is_refused(changes: dict[str, Any], text: st
         JobConfig(**changes)
 
 
+@pytest.mark.parametrize(("device", "default"), [("cpu", 512), ("auto", 512), ("cuda", 4096)])
+def test_a_step_takes_a_token_of_each_request_unless_told_otherwise(device: Any, default: int) -> None:
+    assert JobConfig(device=device).token_budget == default
+    assert JobConfig(device=device, max_batch_size=5000).token_budget == 5000
+    assert JobConfig(device=device, max_batch_size=5, max_num_tokens=7).token_budget == 7
+
+
 def test_a_copy_is_checked_again() -> None:
     with pytest.raises(ConfigError, match="kv_tokens"):
         JobConfig().replace(kv_tokens=-1)

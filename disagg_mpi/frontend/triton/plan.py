@@ -174,9 +174,6 @@ def _limits(ranked: Mapping[Kind, Parameters], table: dict[str, Any], remarks: l
                                 lambda model: model.flag("enable_kv_cache_reuse"), remarks),
     }
     table |= {key: value for key, value in limits.items() if value is not None}
-    batch = limits["max_batch_size"]
-    if batch is not None and batch > JobConfig().token_budget:
-        table["max_num_tokens"] = batch  # a step takes one token of each request at least
 
 
 def _larger(name: str, ranked: Mapping[Kind, Parameters], read: Callable[[Parameters], V | None],
