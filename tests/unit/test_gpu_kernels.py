@@ -25,7 +25,7 @@ interpreted = pytest.mark.skipif(not INTERPRETS, reason="run by test_the_kernels
 @pytest.mark.parametrize("turns", [True, False])
 @pytest.mark.parametrize("window", [0, 20])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim", "page"), [
-    (8, 2, 64, 16), (9, 3, 32, 32), (4, 4, 32, 4)])
+    (8, 2, 64, 16), (9, 3, 32, 32), (4, 4, 32, 4), (20, 1, 16, 8), (2, 1, 256, 16)])
 @pytest.mark.parametrize(("lengths", "parts", "least"), [
     ([40, 1, 17], 1, 16), ([200, 5, 33], 4, 16), ([70, 16], 8, 32), ([100], 32, 64)])
 def test_generation_attends(
@@ -117,7 +117,7 @@ def test_the_kernels_in_the_interpreter() -> None:
 
 @in_the_first_run
 def test_what_a_hopper_would_run() -> None:
-    """For Llama-3-8B's shape; the launch overlaps with the one before it."""
+    """For Llama-3-8B's shape, and attention for others; a launch overlaps with the one before it."""
     pytest.importorskip("triton", minversion="3.4")
     import triton
     from triton.backends.compiler import GPUTarget
@@ -133,9 +133,10 @@ def test_what_a_hopper_would_run() -> None:
              **dict.fromkeys(("row_stride", "block_stride", "token_stride", "head_stride", "least", "M", "N"),
                              "i32"), "scale": "fp32", "eps": "fp32"}
     for kernel, warps, constants in (
-        (attend_ones, 1, {"HEADS": 32, "KV_HEADS": 8, "DIM": 128, "PAGE": 32, "TILE": 32, "PARTS": 32,
-                          "WINDOW": 0, "STAGES": 3, "TURNS": True, "OVERLAPS": True,
-                          "ASKED": 64 * 2**10}),
+        *((attend_ones, 1, {"HEADS": heads, "KV_HEADS": kv_heads, "DIM": dim, "PAGE": 32, "TILE": 32,
+                            "PARTS": 32, "WINDOW": 0, "STAGES": 3, "TURNS": True, "OVERLAPS": True,
+                            "ASKED": 64 * 2**10})
+          for heads, kv_heads, dim in ((32, 8, 128), (20, 1, 64), (16, 8, 256))),
         (row_product, 4, {"K": 4096, "ROWS": 2, "WIDTH": 1024, "NORMED": True, "GATED": True, "ADDED": False,
                           "OVERLAPS": True}),
         (norm_rows, 8, {"K": 4096, "WIDTH": 4096, "OVERLAPS": True}),
