@@ -37,8 +37,10 @@ from disagg_mpi.transfer.directory import CacheDirectory  # noqa: E402
 from disagg_mpi.transfer.layout import KvLayout  # noqa: E402
 from disagg_mpi.transfer.memory import SharedMemory, private_memory  # noqa: E402
 from disagg_mpi.transfer.mover import Mover  # noqa: E402
+from disagg_mpi.transfer.offers import Released  # noqa: E402
 from disagg_mpi.transfer.progress import ProgressThread  # noqa: E402
-from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver  # noqa: E402
+from disagg_mpi.transfer.pulls import Pulled  # noqa: E402
+from disagg_mpi.transfer.transceiver import Transceiver  # noqa: E402
 from disagg_mpi.transfer.transports import CopyTransport, MpiTransport  # noqa: E402
 
 BLOCK = 32

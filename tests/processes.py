@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import psutil
 
@@ -24,7 +24,7 @@ def is_alive(process: psutil.Process | int) -> bool:
         return False
 
 
-def still_alive(processes: Iterable[psutil.Process | int], within: float) -> list[psutil.Process | int]:
+def still_alive(processes: Collection[psutil.Process | int], within: float) -> list[psutil.Process | int]:
     """Those that are alive ``within`` seconds from now; empty as soon as there are none."""
     end = time.monotonic() + within
     while (left := [process for process in processes if is_alive(process)]) and time.monotonic() < end:

@@ -1,8 +1,9 @@
 """The context's end of the hand-over: what is kept for whoever pulls, and announced to whoever watches.
 
 What is offered or watched ends exactly once: by a ``Release`` of whoever pulls, or by :meth:`Offers.drop` or
-:meth:`Offers.end` if nobody does; what a watcher may still read waits for its ``Release`` even then. An
-:class:`Offers` belongs to a transceiver, whose lock is held where messages are sent.
+:meth:`Offers.end` if nobody does; what a watcher may still read waits for its ``Release`` even then. That is
+a leader's; a follower has an :class:`Offers` too, always empty. Called with the transceiver's lock held, but
+for ``len``, ``in``, :meth:`Offers.is_watched` and :attr:`Offers.is_idle`.
 """
 
 from __future__ import annotations
@@ -55,7 +56,7 @@ class _Offer(msgspec.Struct):
 
 
 class Offers:
-    """Of one instance's leader; the blocks are the engine's."""
+    """The offers of one instance; the blocks are the engine's."""
 
     def __init__(self, instance: int, num_layers: int, channel: Channel,
                  report: Callable[[Released], None]) -> None:
@@ -139,7 +140,7 @@ class Offers:
             self.announce(request_id, offer.block_ids, offer.num_tokens, offer.num_tokens)
 
     def release(self, rank: int, message: Release) -> None:
-        """Raises :class:`IntegrityError` where blocks were read that had another owner by then."""
+        """Raises :class:`IntegrityError` where blocks were read or taken that had another owner by then."""
         request_id = message.request_id
         was_watched = self._watched.pop(request_id, None) is not None
         if request_id in self._ending:

@@ -1,9 +1,10 @@
 """Generation's end of the hand-over: each pull from its first piece to the last one in place.
 
 Every rank of the instance brings its part of a piece (``mover``); the leader, whose :class:`Pulls` this is,
-counts parts and tokens that are missing. A pull that is abandoned while bytes are on their way stays open
-until they have arrived: its blocks are no one else's till then. However it ends, its context's leader is sent
-one ``Release``. The transceiver's lock is held.
+counts parts and tokens that are missing; a follower has one too, always empty. A pull that is abandoned while
+bytes are on their way stays open until they have arrived: its blocks are no one else's till then. However a
+pull ends, its context's leader is sent one ``Release``; one that cannot be started is the caller's to refuse.
+Called with the transceiver's lock held, but for ``len`` and :attr:`Pulls.is_idle`.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class _Pull(msgspec.Struct):
 
 
 class Pulls:
-    """Of one instance's leader; the reserved blocks are the engine's."""
+    """The pulls of one instance; the reserved blocks are the engine's."""
 
     def __init__(self, rank: int, instance: int, num_layers: int, channel: Channel, directory: CacheDirectory,
                  mover: Mover, report: Callable[[Pulled], None]) -> None:
@@ -92,8 +93,9 @@ class Pulls:
 
     def start(self, request_id: int, source_id: int, source: TransferState, block_ids: Sequence[int],
               num_tokens: int, first_token: int, go_at: float) -> bool:
-        """Of a context that is over; whether bytes move. ``go_at``: when generation asked for it. Raises
-        :class:`RequestError` if there are no ``num_tokens`` to bring, or too few ``block_ids``."""
+        """Of a context that is over. ``False``: blocks changed hands, and all is in place. ``go_at``: when
+        generation asked for it. Raises :class:`RequestError` if the context computed another number of
+        tokens, or there are too few ``block_ids``, or tags."""
         if num_tokens != source.num_tokens:
             raise RequestError(f"the context phase computed {source.num_tokens} tokens, the prompt has "
                                f"{num_tokens}")
@@ -145,21 +147,26 @@ class Pulls:
         if (leader, source_id) not in self._by_source:
             self._channel.send(leader, Release(source_id, None))
 
-    # ---- a context's leader, or a rank of this instance, has sent ----
+    # ---- what comes from others ----
 
     def announced(self, rank: int, message: Announce) -> None:
+        """A context's leader has a piece ready."""
         request_id = self._by_source.get((rank, message.request_id))
         if request_id is not None and not self._pulls[request_id].abandoned:
             self._bring(request_id, self._pulls[request_id], message.block_ids, message.first_token,
                         message.end_token, message.first_layer, message.end_layer)
 
     def has_piece(self, piece: int) -> bool:
+        """Whether this rank counts the parts of a piece; on a follower its leader does."""
         return piece in self._pieces
 
     def part_done(self, piece: int) -> None:
+        """A rank of this instance has its part in place."""
         pull = self._pulls[self._pieces[piece]]
         pull.open_parts -= 1
         pull.in_place_at = time.monotonic()
+
+    # ---- after each of them ----
 
     def finish(self) -> None:
         """Report the pulls that are over."""

@@ -139,12 +139,14 @@ class Transceiver:
         """Bring the KV-cache that ``state`` describes into ``block_ids``, which the caller reserved.
 
         ``num_tokens``: positions that it must hold, of which those before ``first_token`` are in place
-        already. Raises :class:`RequestError` if it does not hold them, or there are too few blocks.
+        already. Raises :class:`RequestError` if it does not hold them, or there are too few blocks, or tags.
         """
-        source, now = self._decode(state), time.monotonic()
+        source = self._decode(state)
+        now = time.monotonic()  # waiting for the lock counts
         with self._lock:
-            moves = self._pulls.start(request_id, source_id, source, block_ids, num_tokens, first_token, now)
-        if moves:
+            is_open = self._pulls.start(
+                request_id, source_id, source, block_ids, num_tokens, first_token, now)
+        if is_open:
             self.wake_thread()
 
     def expect(
@@ -213,14 +215,26 @@ class Transceiver:
 
     @property
     def is_idle(self) -> bool:
-        """Nothing is open, and nothing is kept in mind of what was."""
+        """Nothing is open, and nothing is kept in mind of what was: so it is once all messages are taken."""
         return not self._over and self._offers.is_idle and self._pulls.is_idle
 
     def close(self) -> None:
         """The end; nothing may be open."""
         self._mover.close()
 
-    # ---- inside; the lock is held ----
+    # ---- inside ----
+
+    def _decode(self, state: bytes) -> TransferState:
+        try:
+            source = msgspec.msgpack.decode(state, type=TransferState)
+        except msgspec.MsgspecError as error:
+            raise RequestError(f"the context_phase_params are not of this executor: {error}") from None
+        if not 0 <= source.instance < len(self._directory.groups):
+            raise RequestError(f"the context_phase_params name instance {source.instance}; this job has "
+                               f"{len(self._directory.groups)}")
+        return source
+
+    # The rest is called with the lock held.
 
     def _report(self, event: Pulled | Released) -> None:
         self._over.append(event)
@@ -255,13 +269,3 @@ class Transceiver:
             self._pulls.refuse(rank, message.request_id)
         else:
             raise TypeError(f"a hand-over takes no {type(message).__name__}")
-
-    def _decode(self, state: bytes) -> TransferState:
-        try:
-            source = msgspec.msgpack.decode(state, type=TransferState)
-        except msgspec.MsgspecError as error:
-            raise RequestError(f"the context_phase_params are not of this executor: {error}") from None
-        if not 0 <= source.instance < len(self._directory.groups):
-            raise RequestError(f"the context_phase_params name instance {source.instance}; this job has "
-                               f"{len(self._directory.groups)}")
-        return source

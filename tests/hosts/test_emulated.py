@@ -83,4 +83,4 @@ if world.rank == 0:
     print(time.monotonic() - start)
 """
     result = run_on_hosts(hosts, {"hA": 1, "hB": 1}, ["-c", code], timeout=30)
-    assert float(result.stdout) > 0.7, result.text
+    assert 0.7 < float(result.stdout) < 10, result.text  # a busy machine takes some of it

@@ -25,8 +25,10 @@ from disagg_mpi.transfer.directory import COPY, MPI, SHARED, CacheDirectory
 from disagg_mpi.transfer.layout import CacheView
 from disagg_mpi.transfer.memory import SharedMemory, private_memory
 from disagg_mpi.transfer.mover import Mover
+from disagg_mpi.transfer.offers import Released
 from disagg_mpi.transfer.progress import ProgressThread
-from disagg_mpi.transfer.transceiver import Pulled, Released, Transceiver
+from disagg_mpi.transfer.pulls import Pulled
+from disagg_mpi.transfer.transceiver import Transceiver
 from disagg_mpi.transfer.transports import Copies, CopyTransport, MpiTransport, Pool, Transport
 
 if TYPE_CHECKING:

@@ -190,7 +190,7 @@ class Ranks:
         for rank, transceiver in self.transceivers.items():
             assert (rank, transceiver.num_open, transceiver.is_moving) == (rank, 0, False)
             assert not transceiver.is_urgent
-            assert transceiver.is_idle, rank
+            assert transceiver.is_idle, (rank, vars(transceiver._offers), vars(transceiver._pulls))
             kept = self.movers[rank]._tags, self.movers[rank]._left
             assert not any(kept), (rank, kept)
         assert self.wire._sides == {}

@@ -72,7 +72,7 @@ def test_what_no_job_could_run_with_is_refused(changes: dict[str, Any], text: st
         JobConfig(**changes)
 
 
-@pytest.mark.parametrize(("device", "default"), [("cpu", 512), ("auto", 512), ("cuda", 4096)])
+@pytest.mark.parametrize(("device", "default"), [("cpu", 512), ("emulated", 4096), ("cuda", 4096)])
 def test_a_step_takes_a_token_of_each_request_unless_told_otherwise(device: Any, default: int) -> None:
     assert JobConfig(device=device).token_budget == default
     assert JobConfig(device=device, max_batch_size=5000).token_budget == 5000

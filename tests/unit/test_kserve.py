@@ -415,6 +415,36 @@ def test_what_does_not_apply_is_refused_with_a_sentence(kserve: Start, ask: Call
     assert error.value.status() == "400"
 
 
+@pytest.mark.parametrize(("shared", "classes", "text"), [
+    ("input", 0, "input 'text_input' lies in shared memory"),
+    ("output", 0, "output 'text_output' lies in shared memory"),
+    (None, 2, "output 'text_output' is text or numbers, not classes"),
+])
+@pytest.mark.parametrize("library", [grpcclient, httpclient], ids=["gRPC", "HTTP"])
+def test_a_tensor_is_neither_in_shared_memory_nor_classes(
+        kserve: Start, library: Any, shared: str | None, classes: int, text: str) -> None:
+    job = kserve()
+    url, inputs = ((job.servers.grpc_url, grpc_inputs) if library is grpcclient
+                   else (job.servers.http_url, http_inputs))
+    tensors = inputs(arrays("Machine"))
+    output = library.InferRequestedOutput("text_output", class_count=classes)
+    if shared is not None:
+        {"input": tensors[0], "output": output}[shared].set_shared_memory("region", 64)
+    with library.InferenceServerClient(url) as client, pytest.raises(InferenceServerException, match=text):
+        client.infer("ensemble", tensors, outputs=[output])
+    job.assert_free()
+
+
+@pytest.mark.parametrize("asked", [0, None, False])
+def test_no_classes_are_not_refused(kserve: Start, asked: Any) -> None:
+    job = kserve()
+    answer = httpx.post(f"http://{job.servers.http_url}/v2/models/ensemble/infer", json={
+        "inputs": [{"name": "text_input", "datatype": "BYTES", "shape": [1, 1], "data": ["Machine"]},
+                   {"name": "max_tokens", "datatype": "INT32", "shape": [1, 1], "data": [2]}],
+        "outputs": [{"name": "text_output", "parameters": {"classification": asked}}]})
+    assert answer.status_code == 200, answer.text
+
+
 # ---- clients that leave ----
 
 

@@ -266,7 +266,8 @@ def test_sizes_are_taken_and_where_they_differ_the_larger(repository: Copy) -> N
     repository.sub("generation", "max_batch_size: 64", "max_batch_size: 1024")
     plan = repository.plan()
     assert (plan.job.kv_tokens, plan.job.prefix_cache) == (4096, False)
-    assert (plan.job.max_batch_size, plan.job.max_num_tokens) == (1024, None)
+    assert (plan.job.max_batch_size, plan.job.token_budget) == (1024, 1024)
+    assert plan.job.replace(device="cuda").token_budget == 4096, "a GPU's is not lowered to the batch"
     assert "max_batch_size is 64 of context and 1024 of generation: this engine has one for both, 1024" \
         in plan.remarks
     assert any("2048 of context and 4096 of generation" in remark for remark in plan.remarks)

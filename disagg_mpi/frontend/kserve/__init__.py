@@ -3,7 +3,7 @@
 ```
    rpc (gRPC)  rest (HTTP)     a protocol each: calls, and who is cancelled when a client leaves
         │             │
- rpc_messages  rest_messages   bytes in, bytes out; rules: what both refuse
+ rpc_messages  rest_messages   bytes in, bytes out; rules: what holds for both
         └──────┬──────┘
             service            one request: admission, prompts, replies in order, cancellation, statistics
         ┌──────┼──────────┐
@@ -12,7 +12,7 @@
         tensors                what tensors are on the wire
 ```
 
-``tensors``, ``ensemble`` and the messages are pure. A server makes one
+``tensors``, ``ensemble``, the messages and ``rules`` are pure. A server makes one
 :class:`~disagg_mpi.frontend.kserve.models.Models` and one
 :class:`~disagg_mpi.frontend.kserve.statistics.Statistics` and gives both to ``rpc.make_grpc_server`` and
 ``rest.routes``; all of it runs on one event loop. Needs the extra ``serve`` (grpcio, tritonclient,

@@ -32,7 +32,7 @@ from disagg_mpi.frontend.kserve.rest_messages import (
     infer_body,
     infer_call,
     too_large,
-    unpacked,
+    unpack,
 )
 from disagg_mpi.frontend.kserve.service import Call, Service
 from disagg_mpi.frontend.kserve.statistics import Statistics
@@ -149,37 +149,39 @@ class _Api:
 
     async def infer(self, request: Request) -> Response:
         model = self._model(request)
-        call, is_binary = infer_call(model, await self._read(request), request.headers.get(HEADER_LENGTH))
+        body = await self._read_body(request)
+        call, is_binary = infer_call(model, body, request.headers.get(HEADER_LENGTH))
         try:
             outputs = await _unless_gone(request.receive, self._stacked(call))
         except Exception as error:
             return _error(error)
-        body, json_length = infer_body(model, call.id, outputs, is_binary)
+        answer, json_length = infer_body(model, call.id, outputs, is_binary)
         if json_length is None:
-            return Response(body, media_type="application/json")
-        return Response(body, headers={HEADER_LENGTH: str(json_length)},
+            return Response(answer, media_type="application/json")
+        return Response(answer, headers={HEADER_LENGTH: str(json_length)},
                         media_type="application/octet-stream")
 
     async def generate(self, request: Request) -> Response:
         model = self._model(request)
-        call = generate_call(model, await self._read(request), may_stream=False)
+        call = generate_call(model, await self._read_body(request), may_stream=False)
         try:
             outputs = await _unless_gone(request.receive, self._stacked(call))
         except Exception as error:
             return _error(error)
-        return _json(generate_body(model, call.id, outputs))
+        return Response(generate_body(model, call.id, outputs), media_type="application/json")
 
     async def generate_stream(self, request: Request) -> ASGIApp:
         model = self._model(request)
-        call = generate_call(model, await self._read(request), may_stream=True)
+        call = generate_call(model, await self._read_body(request), may_stream=True)
         return _EventStream(self._service, call, EventEncoder(call, model))
 
     async def _stacked(self, call: Call) -> list[tensors.Outgoing]:
         async with self._service.infer(call) as replies:
             return stack([reply async for reply in replies])
 
-    async def _read(self, request: Request) -> bytes:
-        """All of it, unpacked. Raises :class:`TooLargeError` as soon as it is."""
+    async def _read_body(self, request: Request) -> bytes:
+        """All of it, unpacked. Raises :class:`TooLargeError` as soon as it is, :class:`RequestError` for what
+        cannot be unpacked."""
         most = self._service.served.limits.max_body_bytes
         chunks, size = [], 0
         async for chunk in request.stream():
@@ -187,7 +189,7 @@ class _Api:
             if size > most:
                 raise too_large(most)
             chunks.append(chunk)
-        return unpacked(b"".join(chunks), request.headers.get("content-encoding", "identity"), most)
+        return unpack(b"".join(chunks), request.headers.get("content-encoding", "identity"), most)
 
 
 class _EventStream:

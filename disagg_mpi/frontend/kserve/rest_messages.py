@@ -1,6 +1,6 @@
 """KServe's bodies over HTTP: a request's bytes to a :class:`Call`, replies to bytes.
 
-Pure: no server, no event loop. What cannot be understood raises :class:`RequestError`.
+Pure: no server, no event loop.
 """
 
 from __future__ import annotations
@@ -51,9 +51,12 @@ class _Body(msgspec.Struct):
 # ---- requests ----
 
 
-def unpacked(data: bytes, encoding: str, most: int) -> bytes:
-    """The body without its compression, and never more than ``most`` bytes of it: else
-    :class:`TooLargeError`."""
+def unpack(data: bytes, encoding: str, most: int) -> bytes:
+    """A body without its compression, and never more than ``most`` bytes of it.
+
+    Raises :class:`TooLargeError` then, and :class:`RequestError` for another ``encoding`` (of
+    ``Content-Encoding``) or damaged data.
+    """
     window = {"gzip": 16 + zlib.MAX_WBITS, "deflate": zlib.MAX_WBITS}.get(encoding)
     if window is None:
         if encoding in ("identity", ""):
@@ -72,11 +75,15 @@ def unpacked(data: bytes, encoding: str, most: int) -> bytes:
 
 
 def too_large(most: int) -> TooLargeError:
+    """What a body of more than ``most`` bytes is answered with."""
     return TooLargeError(f"the body is too large; at most {most} bytes are taken")
 
 
 def infer_call(model: Model, data: bytes, header_length: str | None) -> tuple[Call, Callable[[str], bool]]:
-    """The call, and which outputs are to come as binary data. ``header_length``: the header's value."""
+    """The call, and which outputs are to come as binary data.
+
+    ``header_length``: the value of :data:`HEADER_LENGTH`, if it came. Raises :class:`RequestError`.
+    """
     given = str(len(data)) if header_length is None else header_length
     length = int(given) if re.fullmatch("[0-9]{1,18}", given) else -1
     if not 0 <= length <= len(data):
@@ -87,7 +94,7 @@ def infer_call(model: Model, data: bytes, header_length: str | None) -> tuple[Ca
     asked = {}
     everything = body.parameters.get("binary_data_output") is True
     for output in body.outputs:
-        check_output(output)
+        check_output(output, output.parameters.get("classification"))
         asked[output.name] = output.parameters.get("binary_data", everything) is True
     timeout = timeout_seconds(body.parameters.get("timeout", 0))
     call = Call(model.name, model.version, body.id, inputs, frozenset(asked) or None, timeout,
@@ -117,7 +124,7 @@ def _inputs(described: Sequence[_Tensor], binary: memoryview) -> list[tensors.In
 
 def generate_call(model: Model, data: bytes, *, may_stream: bool) -> Call:
     """``{"text_input": "…", "max_tokens": 20}``: inputs are plain values or flat lists; unknown fields are
-    not looked at."""
+    not looked at. Raises :class:`RequestError`."""
     body = _decode(data, dict[str, Any])
     inputs = []
     for name, value in body.items():
@@ -161,8 +168,9 @@ def infer_body(
     return b"".join([header, *parts]), len(header) if parts else None
 
 
-def generate_body(model: Model, identity: str, outputs: Sequence[tensors.Outgoing]) -> dict[str, Any]:
-    return _generate_head(model, identity) | _generate_fields(model, outputs)
+def generate_body(model: Model, identity: str, outputs: Sequence[tensors.Outgoing]) -> bytes:
+    """JSON: what is known of the request, and its outputs beside that."""
+    return msgspec.json.encode(_generate_head(model, identity) | _generate_fields(model, outputs))
 
 
 class EventEncoder:
@@ -175,6 +183,7 @@ class EventEncoder:
         self._text_start = self._start + msgspec.json.encode(model.theirs("text_output")) + b":"
 
     def encode(self, reply: Reply) -> bytes:
+        """One event."""
         if reply.text is not None and not reply.others:
             return self._text_start + msgspec.json.encode(reply.text) + b"}\n\n"
         fields = msgspec.json.encode(_generate_fields(self._model, reply.outputs()))
@@ -182,6 +191,7 @@ class EventEncoder:
 
     @staticmethod
     def error(message: str) -> bytes:
+        """The event that tells of a request's end by an error."""
         return b"data: " + msgspec.json.encode({"error": message}) + b"\n\n"
 
 

@@ -1,4 +1,7 @@
-"""gRPC's messages: a request's bytes to a :class:`Call`, replies to bytes. Pure: no server, no event loop."""
+"""gRPC's messages: a request's bytes to a :class:`Call`, replies to messages, and those of a stream to bytes.
+
+Pure: no server, no event loop.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ Parsed: TypeAlias = service_pb2.ModelInferRequest | DecodeError
 
 
 def parse(data: bytes) -> Parsed:
+    """A request, or why it is none; never raises."""
     try:
         return service_pb2.ModelInferRequest.FromString(data)
     except DecodeError as error:
@@ -29,13 +33,14 @@ def call_of(request: Parsed, *, may_stream: bool) -> Call:
     """What a message asks for; its tensors stay undecoded. Raises :class:`RequestError`."""
     if isinstance(request, DecodeError):
         raise RequestError(f"the message is not a ModelInferRequest: {request}")
+    for given in request.inputs:  # first: one in shared memory has no contents
+        check_input(given)
     raw = request.raw_input_contents
     if raw and len(raw) != len(request.inputs):
         raise RequestError(f"{len(request.inputs)} inputs have {len(raw)} raw_input_contents; there is one "
                            "for each, or none where all have contents")
     inputs = []
     for position, given in enumerate(request.inputs):
-        check_input(given)
         if not raw:
             inputs.append(tensors.from_contents(given.name, given.datatype, given.shape, given.contents))
         elif given.contents.ByteSize():
@@ -44,7 +49,7 @@ def call_of(request: Parsed, *, may_stream: bool) -> Call:
         else:
             inputs.append(tensors.from_raw(given.name, given.datatype, given.shape, raw[position]))
     for wanted in request.outputs:
-        check_output(wanted)
+        check_output(wanted, "classification" in wanted.parameters)
     names = frozenset(wanted.name for wanted in request.outputs)
     return Call(request.model_name, request.model_version, request.id, inputs, names or None,
                 _timeout_of(request), may_stream)
@@ -60,6 +65,7 @@ def _timeout_of(request: service_pb2.ModelInferRequest) -> float | None:
 
 
 def response_of(call: Call, model: Model, outputs: list[tensors.Outgoing]) -> service_pb2.ModelInferResponse:
+    """The only reply of a call, or one of a stream's before it is said whether it is the last."""
     response = service_pb2.ModelInferResponse(
         model_name=model.name, model_version=model.version, id=call.id,
         raw_output_contents=[output.raw() for output in outputs])
@@ -69,6 +75,7 @@ def response_of(call: Call, model: Model, outputs: list[tensors.Outgoing]) -> se
 
 
 def stream_error(request: Parsed, message: str) -> bytes:
+    """The last reply to a request of a stream that fails; the stream goes on."""
     response = service_pb2.ModelStreamInferResponse(error_message=message)
     if isinstance(request, service_pb2.ModelInferRequest):
         response.infer_response.id = request.id

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any, Protocol
 
 from disagg_mpi.errors import RequestError
@@ -23,19 +24,19 @@ class Described(Protocol):
     def name(self) -> str: ...
 
     @property
-    def parameters(self) -> Any:
-        """A mapping; protobuf's is none to the type checker."""
+    def parameters(self) -> Container[str]: ...
 
 
 def check_input(tensor: Described) -> None:
-    """Raises :class:`RequestError`."""
+    """Raises :class:`RequestError` for one that lies in shared memory."""
     _refuse_shared_memory("input", tensor)
 
 
-def check_output(tensor: Described) -> None:
-    """Raises :class:`RequestError`."""
+def check_output(tensor: Described, num_classes: Any) -> None:
+    """Raises :class:`RequestError` for one that is to lie in shared memory, or is asked for as classes;
+    ``num_classes`` is its parameter ``classification``, 0 or ``None`` where there is none."""
     _refuse_shared_memory("output", tensor)
-    if "classification" in tensor.parameters:
+    if num_classes:
         raise RequestError(f"output '{tensor.name}' is text or numbers, not classes")
 
 
