@@ -672,6 +672,9 @@ def profile(rig: Rig, results: Results, title: str, work: Callable[[], Any], num
     from torch.profiler import profile as profiler
 
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * rig.device.is_cuda
+    # Else the profiler closes CUPTI after each profile, under captured steps that go on: pytorch/kineto 1264
+    # made that the default, pytorch 112507 had turned it off for crashes with CUDA graphs.
+    os.environ.setdefault("TEARDOWN_CUPTI", "0")
     work()
     rig.device.synchronize()
     with profiler(activities=activities) as found:
