@@ -2,6 +2,7 @@
 
     machine.inspect_machine   one process's surroundings; starts no MPI
       traps                   what in them the user should know: a Finding, whose remedy says what to type
+      report                  both as plain structs
     job.run_doctor            collective over a communicator: every rank calls it, rank 0 gets the report
       pairs                   latency, wake-up and bandwidth of two ranks, against a memcpy
       hosts                   which ranks can share memory, and which only share a machine
@@ -14,14 +15,10 @@ Buffers, bells and duplicates of the communicator live for the time of the call.
 
 from disagg_mpi.diagnostics.hosts import Place, divided_machines, name_hosts
 from disagg_mpi.diagnostics.job import DoctorReport, run_doctor, world
-from disagg_mpi.diagnostics.machine import MachineReport, inspect_machine
+from disagg_mpi.diagnostics.machine import inspect_machine
 from disagg_mpi.diagnostics.pairs import SLOW_RATIO, choose_pairs
-from disagg_mpi.diagnostics.traps import (
-    Finding,
-    launcher_finding,
-    mismatch_finding,
-    would_stop,
-)
+from disagg_mpi.diagnostics.report import Finding, MachineReport, would_stop
+from disagg_mpi.diagnostics.traps import launcher_finding, mismatch_finding
 
 __all__ = [
     "SLOW_RATIO",

@@ -12,7 +12,7 @@ from disagg_mpi.comm import ucx
 from disagg_mpi.diagnostics import library
 from disagg_mpi.diagnostics.hosts import divided_machines, gather_places, name_hosts
 from disagg_mpi.diagnostics.idle import Idle, measure_idle
-from disagg_mpi.diagnostics.machine import MachineReport, inspect_machine
+from disagg_mpi.diagnostics.machine import inspect_machine
 from disagg_mpi.diagnostics.pairs import (
     SLOW_NETWORK_GBPS,
     SLOW_RATIO,
@@ -20,7 +20,8 @@ from disagg_mpi.diagnostics.pairs import (
     PairBench,
     choose_pairs,
 )
-from disagg_mpi.diagnostics.traps import Finding, mismatch_finding
+from disagg_mpi.diagnostics.report import Finding, MachineReport
+from disagg_mpi.diagnostics.traps import mismatch_finding
 
 if TYPE_CHECKING:
     from mpi4py import MPI

@@ -17,43 +17,13 @@ import msgspec
 
 from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.cores import count_cores
-from disagg_mpi.comm.environment import LauncherContext
 from disagg_mpi.comm.installs import MpiInstall
-from disagg_mpi.diagnostics.traps import TRAPS, Finding
+from disagg_mpi.diagnostics.report import Finding, MachineReport, SharedMemory
+from disagg_mpi.diagnostics.traps import TRAPS
 from disagg_mpi.errors import MpiError
 from disagg_mpi.gpus import visible_gpus
 
 _PACKAGES = ("mpi4py", "numpy", "msgspec", "torch", "transformers")
-
-
-class SharedMemory(msgspec.Struct, frozen=True):
-    """/dev/shm, in bytes."""
-
-    total: int
-    free: int
-
-
-class MachineReport(msgspec.Struct, frozen=True):
-    """One host and its software, seen without MPI."""
-
-    hostname: str
-    boot_id: str | None
-    """By which the running kernel names itself: the same in every container of a machine."""
-    python: str
-    cores: int
-    memory_total: int | None
-    memory_available: int | None
-    shared_memory: SharedMemory | None
-    mpi: MpiInstall | None
-    versions: dict[str, str | None]
-    """mpi4py, torch, transformers …; ``None``: not installed."""
-    gpus: list[str]
-    settings: dict[str, str]
-    """What a rank sets before MPI starts."""
-    kept: dict[str, str]
-    """Of the same kind, but set by the user and left alone."""
-    launcher: LauncherContext
-    findings: list[Finding]
 
 
 def inspect_machine(environ: Mapping[str, str] | None = None) -> MachineReport:

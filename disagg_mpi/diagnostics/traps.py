@@ -1,6 +1,6 @@
-"""Findings: what the user should know, and what to type about it.
+"""What finds, in the surroundings of a job, what the user should know, and what to type about it.
 
-A trap looks at a :class:`~disagg_mpi.diagnostics.machine.MachineReport` and the environment, and yields
+A trap looks at a :class:`~disagg_mpi.diagnostics.report.MachineReport` and the environment, and yields
 what applies. Traps that need MPI's word for it are in ``job``.
 """
 
@@ -10,37 +10,20 @@ import contextlib
 import os
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
-
-import msgspec
+from typing import Literal
 
 from disagg_mpi.comm import environment, installs
 from disagg_mpi.comm.environment import LauncherContext
+from disagg_mpi.diagnostics.report import Finding, MachineReport
 from disagg_mpi.errors import MpiError
-
-if TYPE_CHECKING:
-    from disagg_mpi.diagnostics.machine import MachineReport
 
 # /dev/shm holds Open MPI's and MPICH's own segments (16 MiB a rank) and the shared KV-cache pool. A
 # container gets 64 MiB unless told otherwise, which MPI starts with and a pool does not fit in: the
 # default model's default pool takes several hundred MiB.
 SHM_STOP_BYTES = 64 * 2**20
 SHM_WARN_BYTES = 2**30
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """Something the user should know."""
-
-    level: Literal["stop", "slow", "warning", "note"]
-    """``stop``: a job would not start, or not end. ``slow``: it would run, at a fraction of the speed."""
-    text: str
-    remedy: str = ""
-
-
-def would_stop(findings: Iterable[Finding]) -> bool:
-    return any(finding.level == "stop" for finding in findings)
 
 
 def _no_mpi4py(report: MachineReport, env: Mapping[str, str]) -> Iterator[Finding]:
