@@ -7,9 +7,6 @@ from collections.abc import Collection
 
 import psutil
 
-# It is gone within hundredths of a second; a busy machine may take its time.
-_GRACE_SECONDS = 10.0
-
 
 def is_alive(process: psutil.Process | int) -> bool:
     """Not ended; what ended and was not yet reaped by whoever adopted it is not alive.
@@ -32,6 +29,7 @@ def still_alive(processes: Collection[psutil.Process | int], within: float) -> l
     return left
 
 
-def assert_gone(*processes: psutil.Process | int) -> None:
-    left = still_alive(processes, within=_GRACE_SECONDS)
+def assert_gone(*processes: psutil.Process | int, within: float = 10.0) -> None:
+    """It takes hundredths of a second; a busy machine may need some."""
+    left = still_alive(processes, within)
     assert not left, f"still there: {left}"

@@ -61,7 +61,7 @@ def test_hosts_end_with_the_process_that_made_them(two_hosts: EmulatedHosts) -> 
         assert os.path.isdir(folder)
         assert len(keepers) == 3
         process.send_signal(signal.SIGKILL)
-    assert_gone(*keepers)
+    assert_gone(*keepers, within=5)
     assert not os.path.exists(folder)
 
 
@@ -83,4 +83,4 @@ if world.rank == 0:
     print(time.monotonic() - start)
 """
     result = run_on_hosts(hosts, {"hA": 1, "hB": 1}, ["-c", code], timeout=30)
-    assert 0.7 < float(result.stdout) < 10, result.text  # a busy machine takes some of it
+    assert 0.7 < float(result.stdout) < 3, result.text
